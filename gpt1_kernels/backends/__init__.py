@@ -1,0 +1,133 @@
+"""The only dispatch: which backends exist, which one serves a call, and why.
+
+A backend is a package `gpt1_kernels.backends.<name>` with one module per op. It is chosen in an
+op's public function, once, and then travels as a string argument of the low-level ops: backward
+runs on another thread, where the state of `use_backend` is not seen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+OPS = {
+    "dropout_mask": "dropout",
+    "causal_attention": "attention",
+    "gelu_ffn": "ffn",
+    "layer_norm": "layer_norm",
+    "dropout_add_layer_norm": "layer_norm",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "embedding": "embedding",
+}
+BACKENDS = ("triton", "portable")
+
+launches: Counter[tuple[str, str]] = Counter()
+"""How often each kernel was launched, by (backend, kernel); tests assert on it."""
+
+_logger = logging.getLogger("gpt1_kernels")
+_forced: list[str] = []
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the ops called inside on one backend, or raises there with the reason why it cannot.
+
+    The choice is process-wide while the context is open; it outranks `GPT1_KERNELS_BACKEND`.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    _forced.append(_known(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def resolve(op: str, *tensors: Tensor | None) -> str:
+    """The backend that serves a call of `op` on these tensors.
+
+    Raises:
+        ValueError: a backend asked for by name cannot serve the call; the message has the reason.
+    """
+    device = next(t.device.type for t in tensors if t is not None)
+    name = _forced[-1] if _forced else _environment_choice()
+    if name is not None:
+        reason = unavailable_reason(name, op, device)
+        if reason is not None:
+            raise ValueError(f"{op}: backend {name!r} was asked for but {reason}")
+        return name
+    return automatic_choice(op, device)
+
+
+def backend_report(device: str | None = None) -> dict[str, dict[str, str]]:
+    """For each op, what each backend answers for a device type: "available" or the reason why not.
+
+    Args:
+        device: "cpu" or "cuda"; by default "cuda" where a GPU is present.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        op: {name: unavailable_reason(name, op, device) or "available" for name in BACKENDS}
+        for op in OPS
+    }
+
+
+def kernel(backend: str, op: str, name: str) -> Callable:
+    """The function `name` of an op's module in a backend."""
+    return getattr(_module(backend, op), name)
+
+
+def count_launch(backend: str, kernel_name: str) -> None:
+    """Called by a backend where it starts a kernel."""
+    launches[backend, kernel_name] += 1
+
+
+@cache
+def unavailable_reason(backend: str, op: str, device: str) -> str | None:
+    """Why a backend cannot serve an op on a device type, or None if it can."""
+    if backend == "portable":
+        return None
+    if importlib.util.find_spec(f"gpt1_kernels.backends.{backend}.{OPS[op]}") is None:
+        return f"it has no kernel for {op}"
+    package = importlib.import_module(f"gpt1_kernels.backends.{backend}")
+    return package.unavailable_reason(device)
+
+
+@cache
+def automatic_choice(op: str, device: str) -> str:
+    """The first backend that can serve an op on a device type; a GPU's fallback is logged once."""
+    if device != "cuda":
+        return "portable"
+    for name in BACKENDS:
+        reason = unavailable_reason(name, op, device)
+        if reason is None:
+            return name
+        _logger.warning("%s: not on backend %s: %s", op, name, reason)
+    raise AssertionError("portable serves every op")
+
+
+@cache
+def _environment_choice() -> str | None:
+    name = os.environ.get("GPT1_KERNELS_BACKEND", "auto")
+    return None if name == "auto" else _known(name)
+
+
+@cache
+def _module(backend: str, op: str):
+    return importlib.import_module(f"gpt1_kernels.backends.{backend}.{OPS[op]}")
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name

@@ -1,0 +1,115 @@
+"""Dropout bits by Philox4x32-7 (see `gpt1_kernels.rng`): NumPy on a CPU, tensor arithmetic elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt1_kernels import rng
+
+BLOCKS_PER_CHUNK = 16384  # its uint64 temporaries stay in a core's L2 cache
+QUERIES_PER_CHUNK = 64  # of a causal mask: few enough to skip most of the upper triangle
+
+
+def dropout_mask(
+    seed: Tensor, shape: Sequence[int], p: float, row_offset: int, causal: bool
+) -> Tensor:
+    """int32 (*shape[:-1], ceil(shape[-1] / 32)), bit 1 keeps."""
+    *leading, columns = shape
+    rows = math.prod(leading)
+    if not causal:
+        mask = keep_mask(seed, rows, columns, p, row_offset)
+        return rng.pack_bits(mask).view(*leading, -1) if seed.is_cuda else _pack(mask, leading)
+    batch, heads, queries, keys = shape
+    words = (keys + 31) // 32
+    bits = torch.empty(batch * heads, queries, words, dtype=torch.int32, device=seed.device)
+    for start in range(0, queries, QUERIES_PER_CHUNK):
+        stop = min(start + QUERIES_PER_CHUNK, queries)
+        visible = stop + keys - queries
+        first_rows = row_offset + queries * torch.arange(batch * heads).unsqueeze(1)
+        numbers = (first_rows + torch.arange(start, stop)).flatten()
+        chunk = _keep(seed, numbers, visible, p)
+        packed = rng.pack_bits(chunk) if seed.is_cuda else _pack(chunk, [chunk.shape[0]])
+        bits[:, start:stop, : packed.shape[-1]] = packed.view(batch * heads, stop - start, -1)
+    return bits.view(batch, heads, queries, words)
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float, row_offset: int) -> Tensor:
+    """bool (rows, columns), True keeps."""
+    return _keep(seed, torch.arange(row_offset, row_offset + rows), columns, p)
+
+
+def _keep(seed: Tensor, row_numbers: Tensor, columns: int, p: float) -> Tensor:
+    if seed.is_cuda:
+        row_numbers = row_numbers.to(seed.device, non_blocking=True)
+        return rng.keep_mask_of_rows(seed, row_numbers, columns, p)
+    key, site_and_step = (word & 0xFFFFFFFFFFFFFFFF for word in seed.tolist())
+    mask = np.empty((len(row_numbers), columns), dtype=np.bool_)
+    numbers = row_numbers.numpy().astype(np.uint64)
+    rows_per_chunk = max(1, BLOCKS_PER_CHUNK * 8 // max(columns, 1))
+
+    def draw(start: int) -> None:
+        part = slice(start, start + rows_per_chunk)
+        _draw_rows(mask[part], numbers[part], key, site_and_step, rng.threshold(p))
+
+    _for_each(draw, range(0, len(numbers), rows_per_chunk))
+    return torch.from_numpy(mask)
+
+
+def _draw_rows(mask, numbers, key: int, site_and_step: int, threshold: int) -> None:
+    """Fills bool (rows, columns). Broadcasting keeps the first rounds one-dimensional."""
+    rows, columns = mask.shape
+    blocks = (columns + 7) // 8
+    word, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    m0, m1 = (np.uint64(m) for m in rng.MULTIPLIERS)
+    c0, c1 = np.arange(blocks, dtype=np.uint64)[None, :], numbers[:, None]
+    c2 = np.full((1, 1), site_and_step & 0xFFFFFFFF, dtype=np.uint64)
+    c3 = np.full((1, 1), site_and_step >> 32, dtype=np.uint64)
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    for _ in range(rng.ROUNDS):
+        even, odd = c0 * m0, c2 * m1
+        c0 = (odd >> shift) ^ c1 ^ np.uint64(k0)
+        c2 = (even >> shift) ^ c3 ^ np.uint64(k1)
+        c1, c3 = odd & word, even & word
+        k0, k1 = (k + d & 0xFFFFFFFF for k, d in zip((k0, k1), rng.KEY_INCREMENTS, strict=True))
+    words = np.empty((rows, blocks, 4), dtype="<u4")
+    for index, c in enumerate((c0, c1, c2, c3)):
+        words[..., index] = c
+    values = words.view("<u2").reshape(rows, blocks * 8)[:, :columns]
+    np.greater_equal(values, threshold, out=mask)
+
+
+def _pack(mask: Tensor, leading: Sequence[int]) -> Tensor:
+    """bool (rows, columns) on a CPU → int32 (*leading, ceil(columns / 32))."""
+    rows, columns = mask.shape
+    words = (columns + 31) // 32
+    packed = np.zeros((rows, 4 * words), dtype=np.uint8)
+    packed[:, : (columns + 7) // 8] = np.packbits(mask.numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(packed.view("<i4")).view(*leading, words)
+
+
+def unpack(bits: Tensor, columns: int) -> Tensor:
+    """int32 (..., words) → bool (..., columns)."""
+    if bits.is_cuda:
+        return rng.unpack_bits(bits, columns)
+    octets = bits.contiguous().numpy().view(np.uint8)
+    return torch.from_numpy(
+        np.unpackbits(octets, axis=-1, count=columns, bitorder="little").view(np.bool_)
+    )
+
+
+def _for_each(function, starts: Iterable[int]) -> None:
+    """Runs the chunks on torch's number of threads: NumPy releases the interpreter's lock."""
+    for _ in _pool(torch.get_num_threads()).map(function, starts):
+        pass
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="dropout-bits")

@@ -1,0 +1,46 @@
+"""The feed-forward network: bare products, ATen's tanh-GELU between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+gelu, gelu_backward = torch.ops.aten.gelu, torch.ops.aten.gelu_backward
+
+
+def gelu_ffn_fwd(
+    x: Tensor,  # (N, C)
+    w_fc: Tensor,  # (C, F)
+    b_fc: Tensor,  # (F,)
+    w_proj: Tensor,  # (F, C)
+    b_proj: Tensor | None,  # (C,)
+    save_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    pre = torch.addmm(b_fc.to(x.dtype), x, w_fc)
+    hidden = gelu(pre, approximate="tanh")
+    if b_proj is None:
+        y = hidden @ w_proj
+    else:
+        y = torch.addmm(b_proj.to(x.dtype), hidden, w_proj)
+    return y, pre if save_pre else x.new_empty(0)
+
+
+def gelu_ffn_bwd(
+    dy: Tensor, x: Tensor, pre: Tensor, w_fc: Tensor, w_proj: Tensor, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
+    dx = dw_fc = dw_proj = x.new_empty(0)
+    db_fc = db_proj = x.new_empty(0, dtype=torch.float32)
+    if need_w_proj:
+        dw_proj = gelu(pre, approximate="tanh").t() @ dy
+    if need_b_proj:
+        db_proj = dy.sum(0, dtype=torch.float32)
+    if need_x or need_w_fc or need_b_fc:
+        dpre = gelu_backward(dy @ w_proj.t(), pre, approximate="tanh")
+        if need_x:
+            dx = dpre @ w_fc.t()
+        if need_w_fc:
+            dw_fc = x.t() @ dpre
+        if need_b_fc:
+            db_fc = dpre.sum(0, dtype=torch.float32)
+    return dx, dw_fc, db_fc, dw_proj, db_proj

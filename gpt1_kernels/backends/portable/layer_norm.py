@@ -1,0 +1,87 @@
+"""LayerNorm and the residual site around it, in fp32 throughout (PyTorch's bf16 backward is not)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt1_kernels.backends.portable.dropout import keep_mask
+from gpt1_kernels.rng import keep_scale
+
+
+def layer_norm_fwd(
+    x: Tensor,  # (N, C)
+    w: Tensor,  # (C,)
+    b: Tensor,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[1:], w.float(), b.float(), eps)
+    return y.to(x.dtype), mean.flatten(), rstd.flatten()
+
+
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    w32 = w.float()
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        dy.float(), x.float(), x.shape[1:], mean[:, None], rstd[:, None], w32, w32, needs
+    )
+    return (
+        dx.to(x.dtype) if needs[0] else x.new_empty(0),
+        dw.to(w.dtype) if needs[1] else w.new_empty(0),
+        db.to(w.dtype) if needs[2] else w.new_empty(0),
+    )
+
+
+def dropout_add_layer_norm_fwd(
+    x: Tensor,  # (N, C)
+    residual: Tensor,  # (N, C)
+    w: Tensor,
+    b: Tensor,
+    x_bias: Tensor | None,  # (C,)
+    seed: Tensor | None,  # (2,)
+    eps: float,
+    dropout_p: float,
+    row_offset: int,
+    save_total: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    branch = x.float() if x_bias is None else x.float() + x_bias
+    if dropout_p > 0.0:
+        branch = branch * _multiplier(seed, x.shape, dropout_p, row_offset)
+    total = (residual + branch).to(x.dtype)
+    y, mean, rstd = layer_norm_fwd(total, w, b, eps)
+    return y, total if save_total else x.new_empty(0), mean, rstd
+
+
+def dropout_add_layer_norm_bwd(
+    dy: Tensor,
+    total: Tensor,
+    w: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    row_offset: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    need_x, need_residual, need_w, need_b, need_x_bias = needs
+    need_total = need_x or need_residual or need_x_bias
+    dtotal, dw, db = layer_norm_bwd(dy, total, w, mean, rstd, [need_total, need_w, need_b])
+    dx = dtotal
+    if dropout_p > 0.0 and (need_x or need_x_bias):
+        multiplier = _multiplier(seed, total.shape, dropout_p, row_offset)
+        dx = (dtotal * multiplier).to(total.dtype)
+    dx_bias = dx.sum(0, dtype=torch.float32) if need_x_bias else w.new_empty(0, dtype=torch.float32)
+    shared = need_residual and dropout_p == 0.0
+    return (
+        dx if need_x and not shared else total.new_empty(0),
+        dtotal if need_residual else total.new_empty(0),
+        dw,
+        db,
+        dx_bias,
+    )
+
+
+def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
+    """fp32 (N, C): the scale where an element is kept, else 0."""
+    return keep_mask(seed, *shape, p, row_offset) * keep_scale(p)

@@ -1,0 +1,127 @@
+"""What all ops share: the torch.library namespace, argument checks, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gpt1_kernels.backends import count_launch, kernel
+from gpt1_kernels.numerics import ACTIVATION_DTYPES
+from gpt1_kernels.rng import MAX_ROWS
+
+LIBRARY = torch.library.Library("gpt1_kernels", "DEF")
+
+
+def define(op: str, schema: str, fake: Callable) -> Callable:
+    """Defines a low-level op and returns it.
+
+    Args:
+        op: the public op that it belongs to, as in `backends.OPS`.
+        schema: name, arguments (the last is `str backend`) and returns; the name is also that of
+            the backends' function, which takes the same arguments but for the backend.
+        fake: shapes and dtypes of the returns, from the same arguments.
+    """
+    name = schema.partition("(")[0]
+
+    def implementation(*args):
+        *args, backend = args
+        count_launch(backend, name)
+        return kernel(backend, op, name)(*args)
+
+    LIBRARY.define(schema)
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, device)
+    torch.library.register_fake(f"gpt1_kernels::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.gpt1_kernels, name).default
+
+
+def once(op: str) -> None:
+    """Called first in a backward: the ops have no second derivative, and say so.
+
+    Raises:
+        RuntimeError: backward runs under `create_graph=True`.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{op} has no double backward: its backward ran under create_graph=True")
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Casts tensors to the autocast dtype of the first one's device, if autocast is on there."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors]
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """A 2-D weight itself if either axis is contiguous, else a contiguous copy."""
+    return tensor if 1 in tensor.stride() else tensor.contiguous()
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Raises TypeError unless the tensor is dense and of an allowed dtype."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} has layout {tensor.layout}, expected a dense tensor")
+    if tensor.dtype not in allowed:
+        expected = ", ".join(str(d) for d in allowed)
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {expected}")
+
+
+def check_activation(op: str, name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless the tensor is fp32, bf16 or fp16."""
+    check_dtype(op, name, tensor, ACTIVATION_DTYPES)
+
+
+def check_parameter(op: str, name: str, tensor: Tensor | None, like: Tensor, shape) -> None:
+    """A bias, gain or table: dtype of the activation `like` or fp32, its device, this shape."""
+    if tensor is None:
+        return
+    check_dtype(op, name, tensor, (like.dtype, torch.float32))
+    check_shape(op, name, tensor, shape)
+    check_device(op, name, tensor, like)
+
+
+def check_weight(op: str, name: str, tensor: Tensor, like: Tensor, shape) -> None:
+    """A product's weight: the dtype and device of the activation `like`, this shape."""
+    check_dtype(op, name, tensor, (like.dtype,))
+    check_shape(op, name, tensor, shape)
+    check_device(op, name, tensor, like)
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+    """Raises ValueError unless the shape fits; a string stands for any size and names the axis."""
+    fits = tensor.dim() == len(expected) and all(
+        isinstance(e, str) or n == e for n, e in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(e) for e in expected)
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
+
+
+def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, the activation is on {like.device}")
+
+
+def check_dropout(op: str, p: float, seed: Tensor | None, rows: int, like: Tensor) -> None:
+    """Checks the dropout arguments; `rows` is the number of rows up to the end of this call."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {p}, expected a probability in [0, 1]")
+    if p == 0.0:
+        return
+    if seed is None:
+        raise ValueError(f"{op}: seed is None, expected an int64 tensor of 2 elements at p > 0")
+    check_dtype(op, "seed", seed, (torch.int64,))
+    check_shape(op, "seed", seed, (2,))
+    check_device(op, "seed", seed, like)
+    if rows > MAX_ROWS:
+        raise ValueError(f"{op}: row_offset + rows is {rows}, expected at most {MAX_ROWS}")

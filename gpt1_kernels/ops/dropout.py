@@ -1,0 +1,54 @@
+"""Dropout bits: keep[r, j] = value(seed, r, j) ≥ threshold(p), packed 32 to a word (see `rng`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpt1_kernels.backends import resolve
+from gpt1_kernels.ops._library import check_dropout, define
+
+
+def _fake(seed, shape, p, row_offset, causal, backend):
+    return seed.new_empty([*shape[:-1], (shape[-1] + 31) // 32], dtype=torch.int32)
+
+
+_dropout_mask = define(
+    "dropout_mask",
+    "dropout_mask(Tensor seed, SymInt[] shape, float p, SymInt row_offset, bool causal, "
+    "str backend) -> Tensor",
+    _fake,
+)
+
+
+def dropout_mask(
+    seed: Tensor, shape: Sequence[int], p: float, *, row_offset: int = 0, causal: bool = False
+) -> Tensor:
+    """The keep bits of an array, drawn once and read by attention's forward and backward.
+
+    Args:
+        seed: int64 (2,), on the device where the bits are wanted (see `gpt1_kernels.rng`).
+        shape: (..., columns); the leading axes count rows.
+        p: probability of dropping, in [0, 1].
+        row_offset: the number of the first row.
+        causal: shape is (B, H, Tq, Tk) and words wholly above the diagonal may stay unwritten.
+
+    Returns:
+        int32 (..., ceil(columns / 32)): column j is bit j mod 32 of word j // 32; 1 keeps; unused
+        bits are 0.
+
+    Raises:
+        ValueError: p outside [0, 1], a seed of the wrong shape, more than 2³² rows.
+        TypeError: a seed that is not int64.
+    """
+    rows = row_offset
+    if len(shape) > 0:
+        count = 1
+        for size in shape[:-1]:
+            count = count * size
+        rows = row_offset + count
+    check_dropout("dropout_mask", p, seed, rows, seed)
+    backend = resolve("dropout_mask", seed)
+    return _dropout_mask(seed, shape, p, row_offset, causal, backend)

@@ -1,0 +1,106 @@
+"""The feed-forward network: y = gelu_tanh(x W₁ + b₁) W₂ + b₂.
+
+gelu_tanh(u) = ½ u (1 + tanh(√(2/π) (u + 0.044715 u³))), Hendrycks & Gimpel 2016. Weights are
+(in, out) as OpenAI stores them. The pre-activation u is kept for backward, its GELU is not:
+
+    dg = dy W₂ᵀ,   du = dg ∘ gelu'(u),   dx = du W₁ᵀ
+    dW₁ = xᵀ du,   db₁ = Σ du,   dW₂ = gelu(u)ᵀ dy,   db₂ = Σ dy
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt1_kernels.backends import resolve
+from gpt1_kernels.ops._library import (
+    autocast,
+    check_activation,
+    check_parameter,
+    check_weight,
+    define,
+    last_contiguous,
+    matrix,
+    once,
+)
+
+
+def _fake_fwd(x, w_fc, b_fc, w_proj, b_proj, save_pre, backend):
+    pre = x.new_empty([x.shape[0], w_fc.shape[1]] if save_pre else [0])
+    return x.new_empty([x.shape[0], w_proj.shape[1]]), pre
+
+
+def _fake_bwd(dy, x, pre, w_fc, w_proj, needs, backend):
+    need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
+    return (
+        x.new_empty(x.shape if need_x else [0]),
+        x.new_empty(w_fc.shape if need_w_fc else [0]),
+        x.new_empty([w_fc.shape[1]] if need_b_fc else [0], dtype=torch.float32),
+        x.new_empty(w_proj.shape if need_w_proj else [0]),
+        x.new_empty([w_proj.shape[1]] if need_b_proj else [0], dtype=torch.float32),
+    )
+
+
+_gelu_ffn_fwd = define(
+    "gelu_ffn",
+    "gelu_ffn_fwd(Tensor x, Tensor w_fc, Tensor b_fc, Tensor w_proj, Tensor? b_proj, "
+    "bool save_pre, str backend) -> (Tensor, Tensor)",
+    _fake_fwd,
+)
+_gelu_ffn_bwd = define(
+    "gelu_ffn",
+    "gelu_ffn_bwd(Tensor dy, Tensor x, Tensor pre, Tensor w_fc, Tensor w_proj, bool[5] needs, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_bwd,
+)
+
+
+class _GeluFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, backend):
+        save_pre = any(ctx.needs_input_grad)
+        y, pre = _gelu_ffn_fwd(x, w_fc, b_fc, w_proj, b_proj, save_pre, backend)
+        ctx.save_for_backward(x, pre, w_fc, w_proj)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        once("gelu_ffn")
+        needs = ctx.needs_input_grad[:5]
+        grads = _gelu_ffn_bwd(dy.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+
+def gelu_ffn(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor | None = None
+) -> Tensor:
+    """GPT-1's feed-forward network with its GELU and biases fused into the products.
+
+    Args:
+        x: (..., C), fp32, bf16 or fp16.
+        w_fc: (C, F), the dtype of x; an `nn.Linear` weight passes as `weight.t()`, read in place.
+        b_fc: (F,), the dtype of x or fp32.
+        w_proj: (F, C'), the dtype of x.
+        b_proj: (C',), or None to leave it to the LayerNorm that follows (its `x_bias`).
+
+    Returns:
+        (..., C'), the dtype of x; under autocast, the autocast dtype.
+
+    Raises:
+        TypeError: an unsupported or mixed dtype.
+        ValueError: shapes that do not fit, tensors on two devices.
+    """
+    op = "gelu_ffn"
+    x, w_fc, w_proj = autocast(x, w_fc, w_proj)
+    check_activation(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x has shape (), expected (..., C)")
+    check_weight(op, "w_fc", w_fc, x, (x.shape[-1], "F"))
+    check_parameter(op, "b_fc", b_fc, x, w_fc.shape[1:])
+    check_weight(op, "w_proj", w_proj, x, (w_fc.shape[1], "C"))
+    check_parameter(op, "b_proj", b_proj, x, w_proj.shape[1:])
+    rows = last_contiguous(x.reshape(-1, x.shape[-1]))
+    backend = resolve(op, x)
+    y = _GeluFFN.apply(rows, matrix(w_fc), b_fc, matrix(w_proj), b_proj, backend)
+    return y.view(*x.shape[:-1], w_proj.shape[1])

@@ -1,0 +1,209 @@
+"""LayerNorm, alone and behind GPT-1's residual branches.
+
+    total = residual + keep ∘ (x + x_bias) · s        (dropout_add_layer_norm; else total = x)
+    x̂ = (total − mean) · rstd,   y = x̂ ∘ w + b
+
+Ba, Kiros, Hinton 2016. GPT-1 is post-LN, so the second form is every residual site. Backward:
+
+    g = dy ∘ w,   dtotal = rstd · (g − mean(g) − x̂ · mean(g ∘ x̂)),   dw = Σ dy ∘ x̂,   db = Σ dy
+    dresidual = dtotal,   dx = keep ∘ dtotal · s,   dx_bias = Σ dx
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt1_kernels.backends import resolve
+from gpt1_kernels.ops._library import (
+    autocast,
+    check_activation,
+    check_device,
+    check_dropout,
+    check_parameter,
+    check_shape,
+    define,
+    last_contiguous,
+    once,
+)
+
+
+def _fake_layer_norm_fwd(x, w, b, eps, backend):
+    stat = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), stat, torch.empty_like(stat)
+
+
+def _fake_layer_norm_bwd(dy, x, w, mean, rstd, needs, backend):
+    shapes = (x.shape, w.shape, w.shape)
+    return tuple(
+        like.new_empty(shape if need else [0])
+        for like, shape, need in zip((x, w, w), shapes, needs, strict=True)
+    )
+
+
+def _fake_dropout_add_layer_norm_fwd(
+    x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_total, backend
+):
+    stat = x.new_empty(x.shape[0], dtype=torch.float32)
+    total = x.new_empty(x.shape if save_total else [0])
+    return x.new_empty(x.shape), total, stat, torch.empty_like(stat)
+
+
+def _fake_dropout_add_layer_norm_bwd(
+    dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs, backend
+):
+    need_x, need_residual, need_w, need_b, need_x_bias = needs
+    separate = need_x and not (need_residual and dropout_p == 0.0)
+    return (
+        total.new_empty(total.shape if separate else [0]),
+        total.new_empty(total.shape if need_residual else [0]),
+        w.new_empty(w.shape if need_w else [0]),
+        w.new_empty(w.shape if need_b else [0]),
+        w.new_empty(w.shape if need_x_bias else [0], dtype=torch.float32),
+    )
+
+
+_layer_norm_fwd = define(
+    "layer_norm",
+    "layer_norm_fwd(Tensor x, Tensor w, Tensor b, float eps, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_layer_norm_fwd,
+)
+_layer_norm_bwd = define(
+    "layer_norm",
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor w, Tensor mean, Tensor rstd, bool[3] needs, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _fake_layer_norm_bwd,
+)
+_dropout_add_layer_norm_fwd = define(
+    "dropout_add_layer_norm",
+    "dropout_add_layer_norm_fwd(Tensor x, Tensor residual, Tensor w, Tensor b, Tensor? x_bias, "
+    "Tensor? seed, float eps, float dropout_p, SymInt row_offset, bool save_total, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_dropout_add_layer_norm_fwd,
+)
+_dropout_add_layer_norm_bwd = define(
+    "dropout_add_layer_norm",
+    "dropout_add_layer_norm_bwd(Tensor dy, Tensor total, Tensor w, Tensor mean, Tensor rstd, "
+    "Tensor? seed, float dropout_p, SymInt row_offset, bool[5] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_dropout_add_layer_norm_bwd,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, eps, backend):
+        y, mean, rstd = _layer_norm_fwd(x, w, b, eps, backend)
+        ctx.save_for_backward(x, w, mean, rstd)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        once("layer_norm")
+        needs = ctx.needs_input_grad[:3]
+        grads = _layer_norm_bwd(dy.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, backend):
+        y, total, mean, rstd = _dropout_add_layer_norm_fwd(
+            x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset,
+            any(ctx.needs_input_grad), backend,
+        )  # fmt: skip
+        ctx.save_for_backward(total, w, mean, rstd, seed)
+        ctx.config = dropout_p, row_offset, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        once("dropout_add_layer_norm")
+        dropout_p, row_offset, backend = ctx.config
+        needs = ctx.needs_input_grad[:5]
+        dx, dresidual, dw, db, dx_bias = _dropout_add_layer_norm_bwd(
+            dy.contiguous(), *ctx.saved_tensors, dropout_p, row_offset, needs, backend
+        )
+        if needs[0] and needs[1] and dropout_p == 0.0:
+            dx = dresidual
+        grads = (dx, dresidual, dw, db, dx_bias)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 5
+
+
+def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last axis, with fp32 statistics.
+
+    Args:
+        x: (..., C), fp32, bf16 or fp16.
+        w, b: (C,), the dtype of x or fp32.
+
+    Returns:
+        (..., C), the dtype of x; under autocast, the autocast dtype.
+
+    Raises:
+        TypeError: an unsupported dtype.
+        ValueError: shapes that do not fit, tensors on two devices.
+    """
+    (x,) = autocast(x)
+    check_activation("layer_norm", "x", x)
+    _check_parameters("layer_norm", x, w, b)
+    backend = resolve("layer_norm", x)
+    rows = last_contiguous(x.reshape(-1, x.shape[-1]))
+    return _LayerNorm.apply(rows, w, b, eps, backend).view(x.shape)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    w: Tensor,
+    b: Tensor,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    row_offset: int = 0,
+    x_bias: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm of residual + dropout(x + x_bias): a whole residual site in one pass.
+
+    Args:
+        x, residual: (..., C) of one shape and dtype: fp32, bf16 or fp16.
+        w, b: (C,), the dtype of x or fp32.
+        dropout_p: probability of dropping, in [0, 1].
+        seed: int64 (2,) on the device; needed when dropout_p > 0.
+        row_offset: tokens of the global batch that come before these rows.
+        x_bias: (C,) added to x before the dropout, such as a projection's bias.
+
+    Returns:
+        (..., C), the dtype of x; under autocast, the autocast dtype.
+
+    Raises:
+        TypeError: an unsupported dtype.
+        ValueError: shapes that do not fit, tensors on two devices, dropout arguments out of range.
+    """
+    op = "dropout_add_layer_norm"
+    x, residual = autocast(x, residual)
+    check_activation(op, "x", x)
+    if residual.dtype != x.dtype:
+        raise TypeError(f"{op}: residual has dtype {residual.dtype}, expected {x.dtype} like x")
+    check_shape(op, "residual", residual, x.shape)
+    check_device(op, "residual", residual, x)
+    _check_parameters(op, x, w, b)
+    check_parameter(op, "x_bias", x_bias, x, x.shape[-1:])
+    rows = last_contiguous(x.reshape(-1, x.shape[-1]))
+    check_dropout(op, dropout_p, seed, row_offset + rows.shape[0], x)
+    backend = resolve(op, x)
+    y = _DropoutAddLayerNorm.apply(
+        rows, last_contiguous(residual.reshape(rows.shape)), w, b, x_bias,
+        seed if dropout_p > 0.0 else None, eps, dropout_p, row_offset, backend,
+    )  # fmt: skip
+    return y.view(x.shape)
+
+
+def _check_parameters(op: str, x: Tensor, w: Tensor, b: Tensor) -> None:
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x has shape (), expected (..., C)")
+    check_parameter(op, "w", w, x, x.shape[-1:])
+    check_parameter(op, "b", b, x, x.shape[-1:])

