@@ -85,7 +85,7 @@ def keep_mask_of_rows(seed: Tensor, row_numbers: Tensor, columns: int, p: float)
     key = [seed[0] & _WORD, seed[0] >> 32 & _WORD]
     words = torch.stack(philox4x32([block, row, seed[1] & _WORD, seed[1] >> 32 & _WORD], key), -1)
     values = torch.stack([words & 0xFFFF, words >> 16], -1)  # (rows, blocks, 4, 2)
-    return (values >= threshold(p)).reshape(rows, -1)[:, :columns]
+    return (values >= threshold(p)).flatten(1)[:, :columns]
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -1,0 +1,176 @@
+"""The fused layers, for GPT-1 and for other people's models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from gpt1_kernels import ops
+from gpt1_kernels.rng import draw_seed
+
+
+class Conv1D(nn.Module):
+    """A linear layer with its weight stored (in, out), as OpenAI released it.
+
+    Args:
+        n_in, n_out: sizes of the last axis before and after.
+    """
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.t(), self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """The bare product, for a bias that is fused into what follows."""
+        return linear(x, self.weight.t())
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with fused softmax and dropout.
+
+    Args:
+        n_embd: C, a multiple of n_head.
+        n_head: number of heads.
+        dropout_p: on the attention probabilities, in training.
+        c_attn, c_proj: the projections C → 3C (queries, keys, values) and C → C; by default
+            `Conv1D`, but any module will do, such as an `nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        dropout_p: float = 0.0,
+        c_attn: nn.Module | None = None,
+        c_proj: nn.Module | None = None,
+    ):
+        super().__init__()
+        if n_embd % n_head:
+            raise ValueError(f"n_embd: {n_embd}, expected a multiple of n_head {n_head}")
+        self.n_head, self.dropout_p = n_head, dropout_p
+        self.c_attn = Conv1D(n_embd, 3 * n_embd) if c_attn is None else c_attn
+        self.c_proj = Conv1D(n_embd, n_embd) if c_proj is None else c_proj
+
+    def forward(
+        self,
+        x: Tensor,
+        seed: Tensor | None = None,
+        row_offset: int = 0,
+        first_key: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, C) → (B, T, C); the arguments are those of `ops.causal_attention`."""
+        return self.c_proj(self.attend(x, seed, row_offset, first_key))
+
+    def attend(
+        self,
+        x: Tensor,
+        seed: Tensor | None = None,
+        row_offset: int = 0,
+        first_key: Tensor | None = None,
+    ) -> Tensor:
+        """All but the output projection: (B, T, C) → (B, T, C)."""
+        p = self.dropout_p if self.training else 0.0
+        return ops.causal_attention_qkvpacked(
+            self.c_attn(x), self.n_head, dropout_p=p, seed=_seed(seed, p, x),
+            row_offset=row_offset, first_key=first_key,
+        )  # fmt: skip
+
+
+class GeluFFN(nn.Module):
+    """The feed-forward network C → F → C with a fused tanh-GELU.
+
+    Args:
+        n_embd: C.
+        n_hidden: F, by default 4C.
+        c_fc, c_proj: the two projections; by default `Conv1D`, or an `nn.Linear` each, whose
+            weight is read in place.
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_hidden: int | None = None,
+        c_fc: nn.Module | None = None,
+        c_proj: nn.Module | None = None,
+    ):
+        super().__init__()
+        n_hidden = 4 * n_embd if n_hidden is None else n_hidden
+        self.c_fc = Conv1D(n_embd, n_hidden) if c_fc is None else c_fc
+        self.c_proj = Conv1D(n_hidden, n_embd) if c_proj is None else c_proj
+
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """(..., C) → (..., C); without add_bias the output bias is left to what follows."""
+        bias = self.c_proj.bias if add_bias else None
+        return ops.gelu_ffn(x, _in_out(self.c_fc), self.c_fc.bias, _in_out(self.c_proj), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last axis, fused; under autocast it returns the autocast dtype."""
+
+    def __init__(self, n_embd: int, eps: float = 1e-5):
+        super().__init__(n_embd, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class DropoutAddLayerNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(x)): a post-LN residual site in one pass.
+
+    Args:
+        n_embd: C.
+        dropout_p: on x, in training.
+    """
+
+    def __init__(self, n_embd: int, dropout_p: float = 0.0, eps: float = 1e-5):
+        super().__init__(n_embd, eps)
+        self.dropout_p = dropout_p
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        seed: Tensor | None = None,
+        row_offset: int = 0,
+        x_bias: Tensor | None = None,
+    ) -> Tensor:
+        p = self.dropout_p if self.training else 0.0
+        return ops.dropout_add_layer_norm(
+            x, residual, self.weight, self.bias, self.eps, p, _seed(seed, p, x),
+            row_offset=row_offset, x_bias=x_bias,
+        )  # fmt: skip
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """The cross-entropy of a linear layer's output, without its logits in memory.
+
+    Args:
+        ignore_index, reduction: as in `nn.CrossEntropyLoss`.
+    """
+
+    def __init__(self, ignore_index: int = -100, reduction: str = "mean"):
+        super().__init__()
+        self.ignore_index, self.reduction = ignore_index, reduction
+
+    def forward(
+        self, h: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor | None = None
+    ) -> Tensor:
+        """h (..., C), weight (V, C), targets (...) → fp32 scalar, or (...) for "none"."""
+        return ops.linear_cross_entropy(
+            h, weight, targets, ignore_index=self.ignore_index, reduction=self.reduction,
+            token_weight=token_weight,
+        )  # fmt: skip
+
+
+def _in_out(projection: nn.Module) -> Tensor:
+    weight = projection.weight
+    return weight.t() if isinstance(projection, nn.Linear) else weight
+
+
+def _seed(seed: Tensor | None, p: float, x: Tensor) -> Tensor | None:
+    return draw_seed(x.device) if seed is None and p > 0.0 else seed
