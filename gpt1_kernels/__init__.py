@@ -1,1 +1,32 @@
 """Fused kernels for GPT-1 and a drop-in model on top of them."""
+
+from gpt1_kernels.backends import backend_report, use_backend
+from gpt1_kernels.config import GPT1Config
+from gpt1_kernels.layers import (
+    CausalSelfAttention,
+    DropoutAddLayerNorm,
+    GeluFFN,
+    LayerNorm,
+    LinearCrossEntropyLoss,
+)
+from gpt1_kernels.model import (
+    GPT1DoubleHeadsModel,
+    GPT1ForSequenceClassification,
+    GPT1LMHeadModel,
+    GPT1Model,
+)
+
+__all__ = [
+    "CausalSelfAttention",
+    "DropoutAddLayerNorm",
+    "GPT1Config",
+    "GPT1DoubleHeadsModel",
+    "GPT1ForSequenceClassification",
+    "GPT1LMHeadModel",
+    "GPT1Model",
+    "GeluFFN",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "backend_report",
+    "use_backend",
+]

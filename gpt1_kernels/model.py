@@ -1,0 +1,449 @@
+"""GPT-1 on the fused ops, under the parameter names of OpenAI's release and of `transformers`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
+from torch.utils.checkpoint import checkpoint
+
+from gpt1_kernels import ops
+from gpt1_kernels.config import GPT1Config
+from gpt1_kernels.layers import CausalSelfAttention, DropoutAddLayerNorm, GeluFFN
+from gpt1_kernels.pretrained import PretrainedMixin
+from gpt1_kernels.rng import (
+    EMBEDDING_SITE,
+    DropoutStream,
+    attention_site,
+    keep_mask,
+    keep_scale,
+    residual_sites,
+)
+
+IGNORE_INDEX = -100
+
+
+class ModelOutput(dict):
+    """What a model returns: values by attribute, by key, or by index among those not None."""
+
+    def __init__(self, **values: Any):
+        super().__init__((k, v) for k, v in values.items() if v is not None)
+        self._names = tuple(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_names", ()):
+            return self.get(name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {self._names}")
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple:
+        """The values that are not None, in order."""
+        return tuple(self.values())
+
+
+class Block(nn.Module):
+    """One post-LN transformer block: attention, then the feed-forward network."""
+
+    def __init__(self, config: GPT1Config, layer: int):
+        super().__init__()
+        self.attn = CausalSelfAttention(config.n_embd, config.n_head, config.attn_pdrop)
+        self.ln_1 = DropoutAddLayerNorm(config.n_embd, config.resid_pdrop, config.layer_norm_epsilon)
+        self.mlp = GeluFFN(config.n_embd)
+        self.ln_2 = DropoutAddLayerNorm(config.n_embd, config.resid_pdrop, config.layer_norm_epsilon)
+        self.sites = (attention_site(layer), *residual_sites(layer))
+
+    def forward(
+        self, h: Tensor, seeds: Tensor | None, row_offset: int, first_key: Tensor | None
+    ) -> Tensor:  # (B, T, C)
+        s_attn, s_first, s_second = [None if seeds is None else seeds[s] for s in self.sites]
+        a = self.attn.attend(h, s_attn, row_offset, first_key)
+        a = self.attn.c_proj.without_bias(a)
+        n = self.ln_1(a, h, s_first, row_offset, x_bias=self.attn.c_proj.bias)
+        m = self.mlp(n, add_bias=False)
+        return self.ln_2(m, n, s_second, row_offset, x_bias=self.mlp.c_proj.bias)
+
+
+class GPT1Model(nn.Module, PretrainedMixin):
+    """The transformer without a head.
+
+    Args:
+        config: the shape; weights are drawn N(0, initializer_range) from the default generator.
+    """
+
+    def __init__(self, config: GPT1Config):
+        super().__init__()
+        self.config = config
+        self.tokens_embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions_embed = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.dropout_stream = DropoutStream(config.n_layer)
+        self.gradient_checkpointing = False
+        for parameter in self.parameters():
+            if parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a forward pass draws dropout bits now."""
+        c = self.config
+        return self.training and max(c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) > 0.0
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        *,
+        output_attentions: bool = False,
+        dropout_seeds: Tensor | None = None,
+        row_offset: int = 0,
+    ) -> ModelOutput | tuple:
+        """Runs the blocks.
+
+        Args:
+            input_ids: (..., T) int64; or give inputs_embeds.
+            attention_mask: (..., T), 1 for real tokens; padding on the left, the right or both.
+            token_type_ids: (..., T) further rows of the token table to add.
+            position_ids: (T,) or (..., T), by default 0 … T − 1.
+            inputs_embeds: (..., T, C) in place of looked-up tokens.
+            dropout_seeds: int64 (sites, 2), by default the next of `dropout_stream`; a training
+                loop passes the same to all micro-batches of an update.
+            row_offset: tokens of the update that come before these.
+
+        Returns:
+            last_hidden_state (..., T, C) and, if asked for, hidden_states: the embeddings and each
+            block's output.
+
+        Raises:
+            IndexError: on a CPU, an id out of range.
+            ValueError: more than n_positions tokens, both or neither of input_ids and
+                inputs_embeds, a mask with holes, or output_attentions (they never exist in memory).
+        """
+        if output_attentions:
+            raise ValueError("output_attentions: the fused attention never holds them in memory")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
+        shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
+        length = shape[-1]
+        if length > self.config.n_positions:
+            raise ValueError(
+                f"input_ids: {length} positions, expected at most n_positions "
+                f"{self.config.n_positions}"
+            )
+        mask = None if attention_mask is None else attention_mask.reshape(-1, length) != 0
+        first_key = None if mask is None else _first_key(mask)
+        if self.drops and dropout_seeds is None:
+            dropout_seeds = self.dropout_stream.advance()
+        seeds = dropout_seeds if self.drops else None
+
+        h = self._embed(
+            input_ids, inputs_embeds, token_type_ids, position_ids, length, seeds, row_offset
+        )
+        if mask is not None:
+            h = torch.where(mask.unsqueeze(-1), h, 0)
+        states = [h]
+        for block in self.h:
+            if self.gradient_checkpointing and self.training:
+                h = checkpoint(
+                    block, h, seeds, row_offset, first_key,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            else:
+                h = block(h, seeds, row_offset, first_key)
+            states.append(h)
+        output = ModelOutput(
+            last_hidden_state=h.view(*shape, -1),
+            hidden_states=tuple(s.view(*shape, -1) for s in states)
+            if output_hidden_states
+            else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _embed(
+        self, input_ids, inputs_embeds, token_type_ids, position_ids, length, seeds, row_offset
+    ) -> Tensor:  # (B, T, C)
+        p = self.config.embd_pdrop if seeds is not None else 0.0
+        seed = None if seeds is None else seeds[EMBEDDING_SITE]
+        if position_ids is not None and position_ids.dim() > 1:
+            position_ids = position_ids.reshape(-1, length)
+        if token_type_ids is not None:
+            token_type_ids = token_type_ids.reshape(-1, length)
+        w_token, w_position = self.tokens_embed.weight, self.positions_embed.weight
+        if input_ids is not None:
+            return ops.embedding(
+                input_ids.reshape(-1, length), w_token, w_position, position_ids=position_ids,
+                token_type_ids=token_type_ids, dropout_p=p, seed=seed, row_offset=row_offset,
+            )  # fmt: skip
+        h = inputs_embeds.reshape(-1, length, self.config.n_embd)
+        h = h + (w_position[:length] if position_ids is None else w_position[position_ids])
+        if token_type_ids is not None:
+            h = h + w_token[token_type_ids]
+        return _dropout(h, p, seed, row_offset)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keeps only the blocks' inputs and recomputes the rest in backward."""
+        self.gradient_checkpointing = True
+
+    def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
+        """Cuts the token table, or grows it by rows drawn N(0, initializer_range)."""
+        old = self.tokens_embed.weight
+        new = nn.Embedding(vocab_size, old.shape[1], device=old.device, dtype=old.dtype)
+        nn.init.normal_(new.weight, std=self.config.initializer_range)
+        kept = min(vocab_size, old.shape[0])
+        with torch.no_grad():
+            new.weight[:kept] = old[:kept]
+        new.weight.requires_grad_(old.requires_grad)
+        self.tokens_embed = new
+        self.config = replace(self.config, vocab_size=vocab_size)
+        return new
+
+
+class _Headed(nn.Module, PretrainedMixin):
+    """What all models with a head share."""
+
+    def __init__(self, config: GPT1Config):
+        super().__init__()
+        self.transformer = GPT1Model(config)
+
+    @property
+    def config(self) -> GPT1Config:
+        return self.transformer.config
+
+    @property
+    def dropout_stream(self) -> DropoutStream:
+        return self.transformer.dropout_stream
+
+    def gradient_checkpointing_enable(self) -> None:
+        """See `GPT1Model.gradient_checkpointing_enable`."""
+        self.transformer.gradient_checkpointing_enable()
+
+    def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
+        """See `GPT1Model.resize_token_embeddings`; the tied output matrix follows."""
+        return self.transformer.resize_token_embeddings(vocab_size)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        return linear(h, self.transformer.tokens_embed.weight)
+
+    def _language_model_loss(self, h: Tensor, labels: Tensor) -> Tensor:
+        """Mean over labels[..., 1:], each predicted from the state before it."""
+        targets = torch.full_like(labels, IGNORE_INDEX)
+        targets[..., :-1] = labels[..., 1:]
+        return ops.linear_cross_entropy(h, self.transformer.tokens_embed.weight, targets)
+
+
+class GPT1LMHeadModel(_Headed):
+    """GPT-1 with its language-model head, tied to the token table."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        return_logits: bool = False,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple:
+        """Runs the model; the arguments not named here are those of `GPT1Model.forward`.
+
+        Args:
+            labels: (..., T) int64, shifted inside; −100 is ignored.
+            logits_to_keep: 0 for all positions, n for the last n, or an index tensor.
+            return_logits: also in training with labels, where logits are None to save memory.
+
+        Returns:
+            loss (fp32 scalar, with labels), logits (..., T, V), hidden_states if asked for.
+        """
+        output = self.transformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states, **kwargs,
+        )  # fmt: skip
+        h = output.last_hidden_state
+        loss = None if labels is None else self._language_model_loss(h, labels)
+        logits = None
+        if return_logits or labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self._logits(h if isinstance(kept, slice) and not logits_to_keep else h[..., kept, :])
+        result = ModelOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
+        return result if return_dict else result.to_tuple()
+
+
+class MultipleChoiceHead(nn.Module):
+    """The state at the extract token, dropout, then a linear score."""
+
+    def __init__(self, config: GPT1Config):
+        super().__init__()
+        self.dropout_p = config.summary_first_dropout
+        self.summary = nn.Linear(config.n_embd, 1)
+        nn.init.normal_(self.summary.weight, std=config.initializer_range)
+        nn.init.zeros_(self.summary.bias)
+
+    def forward(
+        self, h: Tensor, mc_token_ids: Tensor | None, seed: Tensor | None, row_offset: int
+    ) -> Tensor:
+        """h (..., T, C), mc_token_ids (...) or None for the last position → scores (...)."""
+        if mc_token_ids is None:
+            state = h[..., -1, :]
+        else:
+            index = mc_token_ids[..., None, None].expand(*mc_token_ids.shape, 1, h.shape[-1])
+            state = h.gather(-2, index).squeeze(-2)
+        p = self.dropout_p if self.training and seed is not None else 0.0
+        return self.summary(_dropout(state, p, seed, row_offset)).squeeze(-1)
+
+
+class GPT1DoubleHeadsModel(_Headed):
+    """GPT-1 with the language-model head and a multiple-choice head."""
+
+    def __init__(self, config: GPT1Config):
+        super().__init__(replace(config, num_labels=1))
+        self.multiple_choice_head = MultipleChoiceHead(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mc_token_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        mc_labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        *,
+        return_logits: bool = False,
+        dropout_seeds: Tensor | None = None,
+        row_offset: int = 0,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple:
+        """Runs the model on (B, choices, T); see `GPT1Model.forward` and `GPT1LMHeadModel.forward`.
+
+        Args:
+            mc_token_ids: (B, choices), the position of the extract token; by default the last.
+            mc_labels: (B,), the right choice.
+
+        Returns:
+            loss and mc_loss (with their labels), logits (B, choices, T, V), mc_logits (B, choices),
+            hidden_states if asked for.
+        """
+        drops = self.training and (self.transformer.drops or self.config.summary_first_dropout > 0)
+        if drops and dropout_seeds is None:
+            dropout_seeds = self.dropout_stream.advance()
+        output = self.transformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states, dropout_seeds=dropout_seeds, row_offset=row_offset, **kwargs,
+        )  # fmt: skip
+        h = output.last_hidden_state
+        seed = dropout_seeds[-1] if drops else None
+        mc_logits = self.multiple_choice_head(h, mc_token_ids, seed, row_offset // h.shape[-2])
+        mc_loss = None
+        if mc_labels is not None:
+            mc_loss = cross_entropy(mc_logits.flatten(0, -2).float(), mc_labels.flatten())
+        keep_logits = return_logits or labels is None or not self.training
+        result = ModelOutput(
+            loss=None if labels is None else self._language_model_loss(h, labels),
+            mc_loss=mc_loss,
+            logits=self._logits(h) if keep_logits else None,
+            mc_logits=mc_logits,
+            hidden_states=output.hidden_states,
+        )
+        return result if return_dict else result.to_tuple()
+
+
+class GPT1ForSequenceClassification(_Headed):
+    """GPT-1 with a linear score (no bias) of the last token that is not padding."""
+
+    def __init__(self, config: GPT1Config):
+        super().__init__(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        nn.init.normal_(self.score.weight, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple:
+        """Runs the model; the arguments not named here are those of `GPT1Model.forward`.
+
+        Args:
+            labels: (B,) classes, (B,) values for regression (num_labels 1), or (B, num_labels)
+                for multi-label classification.
+
+        Returns:
+            loss (with labels), logits (B, num_labels), hidden_states if asked for.
+
+        Raises:
+            ValueError: a batch larger than 1 without a pad_token_id in the configuration.
+        """
+        output = self.transformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states, **kwargs,
+        )  # fmt: skip
+        h = output.last_hidden_state
+        logits = self.score(h[torch.arange(h.shape[0], device=h.device), self._last(input_ids, h)])
+        loss = None if labels is None else self._loss(logits, labels)
+        result = ModelOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
+        return result if return_dict else result.to_tuple()
+
+    def _last(self, input_ids: Tensor | None, h: Tensor) -> Tensor | int:
+        pad = self.config.pad_token_id
+        if pad is None and h.shape[0] != 1:
+            raise ValueError(
+                f"pad_token_id: None in the configuration, expected one for a batch of {h.shape[0]}"
+            )
+        if pad is None or input_ids is None:
+            return -1
+        positions = torch.arange(h.shape[1], device=h.device)
+        return (positions * (input_ids != pad)).argmax(-1)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits.float()
+        problem = self.config.problem_type
+        if problem == "regression" or (problem is None and self.config.num_labels == 1):
+            return mse_loss(logits.squeeze(-1), labels.view_as(logits.squeeze(-1)).float())
+        if problem == "single_label_classification" or not labels.is_floating_point():
+            return cross_entropy(logits, labels.flatten())
+        return bce_with_logits(logits, labels)
+
+
+def _first_key(mask: Tensor) -> Tensor | None:
+    """(B, T) bool → int32 (B,) the first real token, or None where a CPU sees no left padding."""
+    first_key = (mask.cumsum(-1) == 0).sum(-1, dtype=torch.int32)
+    starts = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0]
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async((starts <= 1).all(), "attention_mask: a hole between real tokens")
+        return first_key
+    if (starts > 1).any():
+        row = int((starts > 1).nonzero()[0])
+        raise ValueError(f"attention_mask: row {row} has a hole, expected padding at the ends only")
+    return first_key if first_key.any() else None
+
+
+def _dropout(x: Tensor, p: float, seed: Tensor | None, row_offset: int) -> Tensor:
+    """Dropout over the last axis of (..., C) with the stream's bits, outside any fused op."""
+    if p == 0.0:
+        return x
+    keep = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p, row_offset)
+    return torch.where(keep.view(x.shape), x * keep_scale(p), 0)

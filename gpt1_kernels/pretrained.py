@@ -1,0 +1,97 @@
+"""Folders that `transformers` opens too: `model.safetensors` and `config.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpt1_kernels.config import GPT1Config
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_STALE_MASK = re.compile(r"h\.\d+\.attn\.bias$")
+_TABLE = "transformer.tokens_embed.weight"
+
+
+class PretrainedMixin:
+    """`from_pretrained` and `save_pretrained` on a local folder."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **overrides) -> Self:
+        """Opens a folder written by `save_pretrained` here or in `transformers`.
+
+        Args:
+            overrides: values that replace the configuration's.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: a tensor is missing, left over or of another shape; the message names it.
+        """
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name}: no such file, expected a model folder")
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        model = cls(GPT1Config.from_dict({**values, **overrides}))
+        model.load_pretrained_state(load_file(folder / WEIGHTS))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `model.safetensors` and `config.json`, creating the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps({"architectures": [self._architecture], **self.config.to_dict()}, indent=2)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+    def load_pretrained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Loads weights named as in `transformers`, with or without the `transformer.` prefix.
+
+        The tied table is accepted under either of its names; a backbone alone may be loaded into a
+        model with a head of its own, whose weights then keep their values.
+        """
+        own = self.state_dict()
+        state = _canonical(state, prefixed=_TABLE in own)
+        heads = {k for k in own if k.startswith(("score.", "multiple_choice_head."))}
+        if not heads & set(state):
+            state.update({k: own[k] for k in heads})
+        missing, unexpected = sorted(own.keys() - state), sorted(state.keys() - own)
+        if missing or unexpected:
+            raise ValueError(f"weights: missing {missing}, unexpected {unexpected}")
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"{name}: shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in state.items():
+                own[name].copy_(tensor)
+
+    @property
+    def _architecture(self) -> str:
+        return type(self).__name__.replace("GPT1", "OpenAIGPT", 1)
+
+
+def _canonical(state: Mapping[str, Tensor], prefixed: bool) -> dict[str, Tensor]:
+    heads = ("score.", "multiple_choice_head.") if prefixed else ()
+    renamed = {}
+    for name, tensor in state.items():
+        if _STALE_MASK.search(name):
+            continue
+        if name == "lm_head.weight":
+            name = _TABLE
+        if prefixed and not name.startswith(("transformer.", *heads)):
+            name = f"transformer.{name}"
+        if not prefixed:
+            if name.startswith(("score.", "multiple_choice_head.")):
+                continue
+            name = name.removeprefix("transformer.")
+        renamed[name] = tensor
+    return renamed
