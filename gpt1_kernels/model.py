@@ -53,9 +53,13 @@ class Block(nn.Module):
     def __init__(self, config: GPT1Config, layer: int):
         super().__init__()
         self.attn = CausalSelfAttention(config.n_embd, config.n_head, config.attn_pdrop)
-        self.ln_1 = DropoutAddLayerNorm(config.n_embd, config.resid_pdrop, config.layer_norm_epsilon)
+        self.ln_1 = DropoutAddLayerNorm(
+            config.n_embd, config.resid_pdrop, config.layer_norm_epsilon
+        )
         self.mlp = GeluFFN(config.n_embd)
-        self.ln_2 = DropoutAddLayerNorm(config.n_embd, config.resid_pdrop, config.layer_norm_epsilon)
+        self.ln_2 = DropoutAddLayerNorm(
+            config.n_embd, config.resid_pdrop, config.layer_norm_epsilon
+        )
         self.sites = (attention_site(layer), *residual_sites(layer))
 
     def forward(
@@ -277,8 +281,12 @@ class GPT1LMHeadModel(_Headed):
         loss = None if labels is None else self._language_model_loss(h, labels)
         logits = None
         if return_logits or labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._logits(h if isinstance(kept, slice) and not logits_to_keep else h[..., kept, :])
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self._logits(
+                h if isinstance(kept, slice) and not logits_to_keep else h[..., kept, :]
+            )
         result = ModelOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
         return result if return_dict else result.to_tuple()
 

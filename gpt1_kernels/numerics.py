@@ -41,9 +41,7 @@ def error(actual: Tensor, oracle: Tensor) -> Error:
     floor = 0.1 * row_norms.square().mean().sqrt()
     scale = row_norms.clamp(min=floor.clamp(min=torch.finfo(torch.float64).tiny))
     total = oracle.norm().clamp(min=torch.finfo(torch.float64).tiny)
-    return Error(
-        float(difference.norm() / total), float((difference.norm(dim=1) / scale).max())
-    )
+    return Error(float(difference.norm() / total), float((difference.norm(dim=1) / scale).max()))
 
 
 def allowed(plain: Error, dtype: torch.dtype) -> Error:

@@ -48,7 +48,9 @@ class PretrainedMixin:
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps({"architectures": [self._architecture], **self.config.to_dict()}, indent=2)
+        text = json.dumps(
+            {"architectures": [self._architecture], **self.config.to_dict()}, indent=2
+        )
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
     def load_pretrained_state(self, state: Mapping[str, Tensor]) -> None:

@@ -36,9 +36,7 @@ def _fake_fwd(q, k, v, keep_bits, first_key, scale, dropout_p, backend):
     return q.new_empty(q.shape), q.new_empty([batch, heads, queries], dtype=torch.float32)
 
 
-def _fake_bwd(
-    dout, q, k, v, out, lse, keep_bits, first_key, scale, dropout_p, needs, backend
-):
+def _fake_bwd(dout, q, k, v, out, lse, keep_bits, first_key, scale, dropout_p, needs, backend):
     return tuple(
         t.new_empty(t.shape if need else [0]) for t, need in zip((q, k, v), needs, strict=True)
     )
@@ -50,9 +48,7 @@ def _fake_packed_fwd(qkv, n_head, keep_bits, first_key, scale, dropout_p, backen
     return out, qkv.new_empty([batch, n_head, length], dtype=torch.float32)
 
 
-def _fake_packed_bwd(
-    dout, qkv, n_head, out, lse, keep_bits, first_key, scale, dropout_p, backend
-):
+def _fake_packed_bwd(dout, qkv, n_head, out, lse, keep_bits, first_key, scale, dropout_p, backend):
     return qkv.new_empty(qkv.shape)
 
 
@@ -151,7 +147,9 @@ def causal_attention(
     check_shape(op, "q", q, ("B", "Tq", "H", "D"))
     for name, tensor in (("k", k), ("v", v)):
         check_dtype(op, name, tensor, (q.dtype,))
-        check_shape(op, name, tensor, (q.shape[0], k.shape[1] if k.dim() > 1 else "Tk", *q.shape[2:]))
+        check_shape(
+            op, name, tensor, (q.shape[0], k.shape[1] if k.dim() > 1 else "Tk", *q.shape[2:])
+        )
         check_device(op, name, tensor, q)
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} positions, expected at most k's {k.shape[1]}")

@@ -59,9 +59,7 @@ def causal_attention_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     if _serves_flash(q, k, keep_bits, first_key):
-        grads = _flash_backward(
-            *_heads_first(dout, q, k, v, out), lse, 0.0, True, scale=scale
-        )
+        grads = _flash_backward(*_heads_first(dout, q, k, v, out), lse, 0.0, True, scale=scale)
     else:
         q, k, v, dout = _hide_padding(first_key, q, k, v, dout)
         grads = _backward_by_blocks(
@@ -149,9 +147,7 @@ def _hide_padding(first_key: Tensor | None, *tensors: Tensor) -> tuple[Tensor, .
         return tensors
     keys = tensors[1].shape[1]
     real = torch.arange(keys, device=first_key.device) >= first_key[:, None]  # (B, Tk)
-    return tuple(
-        torch.where(real[:, keys - t.shape[1] :, None, None], t, 0) for t in tensors
-    )
+    return tuple(torch.where(real[:, keys - t.shape[1] :, None, None], t, 0) for t in tensors)
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:

@@ -1,0 +1,118 @@
+"""What a run is judged by: perplexities, bits per byte, speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gpt1_kernels import GPT1Config
+from training.step import autocast
+
+KNESER_NEY_DISCOUNT = 0.75
+
+
+class MetricsFile:
+    """Appends one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, **values: float) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Tensor, batch_size: int, device: str, dtype: str) -> float:
+    """Mean negative log-likelihood in nats over (windows, T), without dropout."""
+    model.eval()
+    total = 0.0
+    for part in batches.split(batch_size):
+        part = part.to(device)
+        with autocast(device, dtype):
+            h = model.transformer(part).last_hidden_state
+            total += float(model._language_model_loss(h, part)) * len(part)
+    model.train()
+    return total / len(batches)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Perplexities of two counted models on the same targets as the trained one."""
+
+    unigram: float
+    bigram: float
+
+
+def baselines(train: np.ndarray, windows: np.ndarray, vocab_size: int) -> Baselines:
+    """Unigram (add-one) and interpolated Kneser-Ney bigram perplexity of windows[:, 1:].
+
+    The bigram is p(w|c) = max(n(c,w) − d, 0)/n(c) + d·t(c)/n(c) · q(w), with t(c) the number of
+    distinct successors of c and q(w) proportional to the number of distinct predecessors of w, plus
+    one (Kneser & Ney 1995; Chen & Goodman 1999, eq. 19). A context never seen falls back to q.
+
+    Args:
+        train: int (tokens,).
+        windows: int (count, T); every token but a window's first is a target.
+    """
+    targets, contexts = windows[:, 1:].ravel().astype(np.int64), windows[:, :-1].ravel()
+    counts = np.bincount(train, minlength=vocab_size) + 1
+    unigram = np.exp(-np.mean(np.log(counts[targets] / counts.sum())))
+
+    pairs, pair_counts = np.unique(
+        train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True
+    )
+    followed = np.bincount(train[:-1], minlength=vocab_size)
+    successors = np.bincount(pairs // vocab_size, minlength=vocab_size)
+    continuation = np.bincount(pairs % vocab_size, minlength=vocab_size) + 1
+    q = (continuation / continuation.sum())[targets]
+
+    wanted = contexts.astype(np.int64) * vocab_size + targets
+    index = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    n_pair = np.where(pairs[index] == wanted, pair_counts[index], 0)
+    n_context = followed[contexts]
+    seen = np.maximum(n_context, 1)
+    discounted = np.maximum(n_pair - KNESER_NEY_DISCOUNT, 0) / seen
+    backoff = np.where(n_context > 0, KNESER_NEY_DISCOUNT * successors[contexts] / seen, 1.0)
+    bigram = np.exp(-np.mean(np.log(discounted + backoff * q)))
+    return Baselines(float(unigram), float(bigram))
+
+
+def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
+    """Mean loss in nats a token → bits a byte of the text."""
+    return loss / math.log(2) * tokens / n_bytes
+
+
+def flops_per_token(config: GPT1Config) -> float:
+    """Matrix arithmetic of forward and backward: 6 a weight, and the causal half of attention."""
+    block = 12 * config.n_embd**2
+    weights = config.n_layer * block + config.vocab_size * config.n_embd
+    return 6 * weights + 6 * config.n_layer * config.n_positions * config.n_embd
+
+
+def measured_peak(device: str, dtype: str) -> float:
+    """FLOP/s of a bare product in the training dtype: the base of model FLOP utilisation."""
+    size = 8192 if device.startswith("cuda") else 1024
+    a = torch.randn(
+        size, size, device=device, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16
+    )
+    best = math.inf
+    for _ in range(5):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
