@@ -2,6 +2,7 @@
 
 from gpt1_kernels.backends import backend_report, use_backend
 from gpt1_kernels.config import GPT1Config
+from gpt1_kernels.errors import check_errors
 from gpt1_kernels.layers import (
     CausalSelfAttention,
     DropoutAddLayerNorm,
@@ -28,5 +29,6 @@ __all__ = [
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "backend_report",
+    "check_errors",
     "use_backend",
 ]

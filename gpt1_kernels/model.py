@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, mse_loss
 from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
+from torch.nn.functional import cross_entropy, linear, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from gpt1_kernels import ops

@@ -41,7 +41,7 @@ def threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """What the survivors are multiplied by: 1 / (1 − threshold / 65536); 0 when nothing survives."""
+    """What survivors are multiplied by: 1 / (1 − threshold / 65536), or 0 where none survives."""
     dropped = threshold(p)
     return 0.0 if dropped == 65536 else 65536 / (65536 - dropped)
 
@@ -131,7 +131,7 @@ class DropoutStream(nn.Module):
         self.step.zero_()
 
     def seeds(self, step: int | Tensor) -> Tensor:
-        """The seeds of one update: int64 (sites, 2), rows 0 … 3 · n_layer, then the classifier's."""
+        """The seeds of one update: int64 (sites, 2), sites 0 … 3 · n_layer and the classifier's."""
         words = self.site_words + step
         return torch.stack([self.key.expand_as(words), words], dim=1)
 

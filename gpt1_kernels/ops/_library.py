@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends import count_launch, kernel
+from gpt1_kernels.errors import raise_recorded
 from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.rng import MAX_ROWS
 
@@ -27,6 +28,7 @@ def define(op: str, schema: str, fake: Callable) -> Callable:
 
     def implementation(*args):
         *args, backend = args
+        raise_recorded()
         count_launch(backend, name)
         return kernel(backend, op, name)(*args)
 

@@ -1,9 +1,9 @@
 """Causal attention: O = (keep ∘ softmax(scale · Q Kᵀ + causal)) V · s.
 
-Vaswani et al. 2017, eq. 1, with the mask of a left-to-right language model. Queries are aligned with
-the end of the keys: query i sees keys j ≤ i + Tk − Tq. `first_key` hides left padding; a row that
-sees no key has O = 0, lse = −∞ and no gradient. With P the probabilities, Z = keep ∘ P · s and
-delta = Σ dO ∘ O (one number a row):
+Vaswani et al. 2017, eq. 1, with the mask of a left-to-right language model. Queries are aligned
+with the end of the keys: query i sees keys j ≤ i + Tk − Tq. `first_key` hides left padding; a row
+that sees no key has O = 0, lse = −∞ and no gradient. With P the probabilities, Z = keep ∘ P · s
+and delta = Σ dO ∘ O (one number a row):
 
     dV = Zᵀ dO,   dP = keep ∘ (dO Vᵀ) · s,   dS = P ∘ (dP − delta),   dQ = scale · dS K,
     dK = scale · dSᵀ Q
@@ -184,7 +184,7 @@ def causal_attention_qkvpacked(
     (qkv,) = autocast(qkv)
     check_activation(op, "qkv", qkv)
     check_shape(op, "qkv", qkv, ("B", "T", "3C"))
-    batch, length, width = qkv.shape
+    _, length, width = qkv.shape
     if width % (3 * n_head):
         raise ValueError(f"{op}: qkv has width {width}, expected a multiple of 3 · {n_head} heads")
     keep_bits = _checked_bits(op, qkv, length, length, n_head, dropout_p, seed, row_offset,

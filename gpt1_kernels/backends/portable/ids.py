@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpt1_kernels.errors import error_record
+
 
 def check_ids(op: str, ids: Tensor, bound: int, allowed: int | None = None) -> Tensor | None:
     """Which ids lie in [0, bound): None on a CPU, where all do or IndexError is raised.
+
+    On a GPU, the first that does not is recorded for `gpt1_kernels.check_errors`.
 
     Args:
         allowed: one further value that is accepted, such as an ignore_index.
@@ -16,6 +20,7 @@ def check_ids(op: str, ids: Tensor, bound: int, allowed: int | None = None) -> T
     if allowed is not None:
         valid |= ids == allowed
     if ids.is_cuda:
+        error_record(op, bound, ids.device).note(ids, valid)
         return valid
     if not valid.all():
         value = int(ids[~valid].flatten()[0])

@@ -1,0 +1,69 @@
+"""Ids that a GPU found out of range: recorded there without a sync, raised by the host later."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ErrorRecord:
+    """The first id out of range that one op met on one GPU.
+
+    `host` is pinned memory that a kernel may write to directly: int64 [1 once there is an error,
+    the id]. `state` is its twin on the device, for what is written in plain PyTorch.
+    """
+
+    def __init__(self, device: torch.device):
+        self.host = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.state = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def note(self, ids: Tensor, valid: Tensor) -> None:
+        """Keeps the first of `ids` that is not `valid`, if there is one; does not wait for it."""
+        invalid = ~valid.flatten()
+        found = torch.stack([invalid.any().long(), ids.flatten()[invalid.long().argmax()].long()])
+        self.state.copy_(torch.where(self.state[0] == 0, found, self.state))
+        self.host.copy_(self.state, non_blocking=True)
+
+    def take(self) -> int | None:
+        """The recorded id, which is then forgotten, or None."""
+        if not self.host[0]:
+            return None
+        if self.state.is_cuda:
+            torch.cuda.synchronize(self.state.device)
+        value = int(self.host[1])
+        self.host.zero_()
+        self.state.zero_()
+        return value
+
+
+_records: dict[tuple[str, int, torch.device], ErrorRecord] = {}
+
+
+def error_record(op: str, bound: int, device: torch.device) -> ErrorRecord:
+    """The record of an op for ids that must lie in [0, bound) on a device."""
+    key = op, bound, device
+    if key not in _records:
+        _records[key] = ErrorRecord(device)
+    return _records[key]
+
+
+def raise_recorded() -> None:
+    """Raises IndexError if a kernel that has finished met an id out of range; does not wait."""
+    for (op, bound, device), record in _records.items():
+        value = record.take()
+        if value is not None:
+            raise IndexError(f"{op}: id {value} is out of range [0, {bound}) on {device}")
+
+
+def check_errors() -> None:
+    """Waits for all GPUs in use and raises what their kernels could not.
+
+    Without it, the next op call raises it.
+
+    Raises:
+        IndexError: an op met a token id or a target out of range; names the op, the id, the bound.
+    """
+    for device in {device for *_, device in _records}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    raise_recorded()
