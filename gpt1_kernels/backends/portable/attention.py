@@ -1,7 +1,4 @@
-"""Causal attention by blocks of queries, each against the keys that it can see.
-
-Without dropout and padding a CPU has PyTorch's flash kernels; they also give the log-sum-exp.
-"""
+"""Causal attention by blocks of queries, each against the keys that it can see."""
 
 from __future__ import annotations
 
@@ -16,9 +13,6 @@ from gpt1_kernels.rng import keep_scale
 QUERIES_PER_BLOCK = 128
 WORKSPACE_ELEMENTS = 2**24  # of one block of scores
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
 
 def causal_attention_fwd(
     q: Tensor,  # (B, Tq, H, D)
@@ -29,18 +23,19 @@ def causal_attention_fwd(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    if _serves_flash(q, k, keep_bits, first_key):
-        out, lse = _flash(*_heads_first(q, k, v), 0.0, True, scale=scale)
-        return out.transpose(1, 2).contiguous(), lse
-    q, k, v = _hide_padding(first_key, q, k, v)
-    q, k, v = (t.contiguous() for t in _heads_first(q, k, v))
+    q, k, v = _heads_first(*_hide_padding(first_key, q, k, v))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     for rows, keys in _blocks(q, k):
         scores = _scores(q, k, rows, keys, first_key, scale)
-        lse[:, :, rows] = torch.logsumexp(scores, -1)
-        p = _probabilities(scores, lse[:, :, rows])
+        p = torch.softmax(scores, -1)
+        # The likeliest key has p = exp(largest score − lse), at least 1 / keys.
+        lse[:, :, rows] = scores.amax(-1) - p.amax(-1).log_()
+        if first_key is not None:
+            unseeing = _unseeing(rows, keys, first_key)
+            p.masked_fill_(unseeing[..., None], 0)
+            lse[:, :, rows].masked_fill_(unseeing, -torch.inf)
         if keep_bits is not None:
-            p.mul_(unpack(keep_bits[:, :, rows], keys)).mul_(keep_scale(dropout_p))
+            p *= unpack(keep_bits[:, :, rows], keys) * keep_scale(dropout_p)
         out[:, :, rows] = p.to(v.dtype) @ v[:, :, :keys]
     return out.transpose(1, 2).contiguous(), lse
 
@@ -58,14 +53,24 @@ def causal_attention_bwd(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if _serves_flash(q, k, keep_bits, first_key):
-        grads = _flash_backward(*_heads_first(dout, q, k, v, out), lse, 0.0, True, scale=scale)
-    else:
-        q, k, v, dout = _hide_padding(first_key, q, k, v, dout)
-        grads = _backward_by_blocks(
-            *(t.contiguous() for t in _heads_first(dout, q, k, v, out)),
-            lse, keep_bits, first_key, scale, dropout_p,
-        )  # fmt: skip
+    q, k, v, dout = _heads_first(*_hide_padding(first_key, q, k, v, dout))
+    dq = torch.empty_like(q)
+    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+    for rows, keys in _blocks(q, k):
+        p = torch.softmax(_scores(q, k, rows, keys, first_key, scale), -1)
+        if first_key is not None:
+            p.masked_fill_(_unseeing(rows, keys, first_key)[..., None], 0)
+        dp, z = (dout[:, :, rows] @ v[:, :, :keys].mT).float(), p
+        if keep_bits is not None:
+            kept = unpack(keep_bits[:, :, rows], keys) * keep_scale(dropout_p)
+            dp *= kept
+            z = kept.mul_(p)
+        dv[:, :, :keys] += z.to(v.dtype).mT @ dout[:, :, rows]
+        # Its row sums are of P ∘ dP itself, not of dO ∘ O: a row that sees one key gives exactly 0.
+        ds = torch._softmax_backward_data(dp, p, -1, torch.float32).mul_(scale).to(q.dtype)
+        dq[:, :, rows] = ds @ k[:, :, :keys]
+        dk[:, :, :keys] += ds.mT @ q[:, :, rows]
+    grads = (dq, dk.to(k.dtype), dv.to(v.dtype))
     return tuple(
         g.transpose(1, 2).contiguous() if need else q.new_empty(0)
         for g, need in zip(grads, needs, strict=True)
@@ -104,41 +109,22 @@ def causal_attention_qkvpacked_bwd(
     return torch.cat([g.flatten(2) for g in grads], dim=-1)
 
 
-def _backward_by_blocks(
-    dout, q, k, v, out, lse, keep_bits, first_key, scale, dropout_p
-) -> tuple[Tensor, Tensor, Tensor]:
-    delta = (dout.float() * out).sum(-1)  # (B, H, Tq)
-    dq = torch.empty_like(q)
-    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    for rows, keys in _blocks(q, k):
-        p = _probabilities(_scores(q, k, rows, keys, first_key, scale), lse[:, :, rows])
-        dp = (dout[:, :, rows] @ v[:, :, :keys].mT).float()
-        z = p
-        if keep_bits is not None:
-            kept = unpack(keep_bits[:, :, rows], keys) * keep_scale(dropout_p)
-            dp.mul_(kept)
-            z = p * kept
-        dv[:, :, :keys] += z.to(v.dtype).mT @ dout[:, :, rows]
-        ds = dp.sub_(delta[:, :, rows, None]).mul_(p).mul_(scale).to(q.dtype)
-        dq[:, :, rows] = ds @ k[:, :, :keys]
-        dk[:, :, :keys] += ds.mT @ q[:, :, rows]
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _scores(q, k, rows: slice, keys: int, first_key, scale: float) -> Tensor:
+def _scores(q, k, rows: slice, keys: int, first_key: Tensor | None, scale: float) -> Tensor:
     """fp32 (B, H, rows, keys), −∞ where a key is not visible."""
     scores = (q[:, :, rows] @ k[:, :, :keys].mT).float().mul_(scale)
-    row = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + k.shape[2] - q.shape[2]
-    key = torch.arange(keys, device=q.device)
-    hidden = key > row
+    count = rows.stop - rows.start
+    future = torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1)
+    scores[..., keys - count :].masked_fill_(future, -torch.inf)
     if first_key is not None:
-        hidden = hidden | (key < first_key[:, None, None, None])
-    return scores.masked_fill_(hidden, -torch.inf)
+        hidden = torch.arange(keys, device=q.device) < first_key[:, None, None, None]
+        scores.masked_fill_(hidden, -torch.inf)
+    return scores
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores − lse) in place; a row with no visible key (lse −∞) gives zeros."""
-    return scores.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp_()
+def _unseeing(rows: slice, keys: int, first_key: Tensor) -> Tensor:
+    """bool (B, 1, rows), True for the queries that see no key: all of theirs are padding."""
+    last_key = torch.arange(keys - (rows.stop - rows.start), keys, device=first_key.device)
+    return last_key < first_key[:, None, None]
 
 
 def _hide_padding(first_key: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -160,13 +146,9 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
         yield slice(start, stop), stop + keys - queries
 
 
-def _serves_flash(q: Tensor, k: Tensor, keep_bits, first_key) -> bool:
-    plain = keep_bits is None and first_key is None and q.shape[1] == k.shape[1]
-    return plain and q.device.type == "cpu" and q.numel() > 0
-
-
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    return [t.transpose(1, 2) for t in tensors]
+    """(B, T, H, D) → (B, H, T, D), contiguous."""
+    return [t.transpose(1, 2).contiguous() for t in tensors]
 
 
 def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Dropout bits by Philox4x32-7 (see `gpt1_kernels.rng`): NumPy on a CPU, tensor arithmetic elsewhere."""
+"""Dropout bits by Philox4x32-7 (see `gpt1_kernels.rng`): NumPy on a CPU, tensors elsewhere."""
 
 from __future__ import annotations
 

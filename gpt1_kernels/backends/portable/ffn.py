@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 gelu, gelu_backward = torch.ops.aten.gelu, torch.ops.aten.gelu_backward
 
@@ -16,12 +17,9 @@ def gelu_ffn_fwd(
     b_proj: Tensor | None,  # (C,)
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    pre = torch.addmm(b_fc.to(x.dtype), x, w_fc)
+    pre = linear(x, w_fc.t(), b_fc.to(x.dtype))
     hidden = gelu(pre, approximate="tanh")
-    if b_proj is None:
-        y = hidden @ w_proj
-    else:
-        y = torch.addmm(b_proj.to(x.dtype), hidden, w_proj)
+    y = linear(hidden, w_proj.t(), None if b_proj is None else b_proj.to(x.dtype))
     return y, pre if save_pre else x.new_empty(0)
 
 

@@ -1,4 +1,4 @@
-"""LayerNorm and the residual site around it, in fp32 throughout (PyTorch's bf16 backward is not)."""
+"""LayerNorm and the residual site around it, in fp32 (PyTorch's bf16 backward is not)."""
 
 from __future__ import annotations
 

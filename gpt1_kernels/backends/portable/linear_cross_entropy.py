@@ -1,4 +1,4 @@
-"""Linear + cross-entropy, a chunk of rows at a time: logits, loss and gradients share one buffer."""
+"""Linear + cross-entropy by chunks of rows: logits, loss and gradients share one buffer."""
 
 from __future__ import annotations
 

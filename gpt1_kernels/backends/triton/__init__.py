@@ -1,0 +1,38 @@
+"""Triton kernels: for NVIDIA GPUs from compute capability 8.0, or the interpreter on a CPU.
+
+Importing this package does not import Triton; the modules of the ops do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MINIMUM_CAPABILITY = (8, 0)
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    from gpt1_kernels.backends.triton import interpreter  # noqa: F401
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    """Why these kernels cannot run on tensors of a device type ("cuda", "cpu", …), or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    if INTERPRETED:
+        return None
+    if device_type != "cuda":
+        return (
+            f"Triton does not run on {device_type} tensors; for CPU tensors, its interpreter does: "
+            "set TRITON_INTERPRET=1 before Python starts"
+        )
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < MINIMUM_CAPABILITY:
+            found, needed = (".".join(map(str, c)) for c in (capability, MINIMUM_CAPABILITY))
+            return f"GPU {index} has compute capability {found}, below {needed}"
+    return None

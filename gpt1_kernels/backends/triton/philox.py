@@ -1,0 +1,31 @@
+"""Dropout bits inside a kernel: Philox4x32-7, as `gpt1_kernels.rng` defines them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox_block(seed_ptr, row, block):
+    """The four words of the blocks (row, block), which broadcast: eight values of 16 bits each.
+
+    Word k holds value 2k in its low half and value 2k + 1 in its high half.
+    """
+    key = tl.load(seed_ptr)
+    site_and_step = tl.load(seed_ptr + 1)
+    step = site_and_step.to(tl.uint32)
+    site = (site_and_step >> 32).to(tl.uint32)
+    return tl.philox(key, block.to(tl.uint32), row.to(tl.uint32), step, site, n_rounds=7)
+
+
+@triton.jit
+def keep_mask(seed_ptr, row, threshold, BLOCK_C: tl.constexpr):
+    """Which elements survive in these rows, (BLOCK_N,), and the columns below BLOCK_C.
+
+    Returns (BLOCK_N, BLOCK_C), True keeps. Each block is drawn once, by the thread that uses its eight values.
+    """
+    block = tl.arange(0, BLOCK_C // 8)
+    w0, w1, w2, w3 = philox_block(seed_ptr, row[:, None], block[None, :])
+    # The axes that join appends count, from the last, the bits of column mod 8.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_N, BLOCK_C // 8, 2, 2)
+    values = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(values >= threshold, (row.shape[0], BLOCK_C))

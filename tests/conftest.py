@@ -1,0 +1,33 @@
+"""Where there is no GPU, Triton's kernels run in its interpreter; memory starts out as NaN."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+
+from gpt1_kernels import backends
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Every `torch.empty` is filled with NaN, or with the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launches():
+    """The launch counters, from zero."""
+    backends.launches.clear()
+    return backends.launches
