@@ -21,7 +21,8 @@ def philox_block(seed_ptr, row, block):
 def keep_mask(seed_ptr, row, threshold, BLOCK_C: tl.constexpr):
     """Which elements survive in these rows, (BLOCK_N,), and the columns below BLOCK_C.
 
-    Returns (BLOCK_N, BLOCK_C), True keeps. Each block is drawn once, by the thread that uses its eight values.
+    Returns (BLOCK_N, BLOCK_C), True keeps. Each block is drawn once, by the thread that uses its
+    eight values.
     """
     block = tl.arange(0, BLOCK_C // 8)
     w0, w1, w2, w3 = philox_block(seed_ptr, row[:, None], block[None, :])
