@@ -20,6 +20,7 @@ from gpt1_kernels.ops._library import (
     check_activation,
     check_device,
     check_dropout,
+    check_dtype,
     check_parameter,
     check_shape,
     define,
@@ -186,8 +187,7 @@ def dropout_add_layer_norm(
     op = "dropout_add_layer_norm"
     x, residual = autocast(x, residual)
     check_activation(op, "x", x)
-    if residual.dtype != x.dtype:
-        raise TypeError(f"{op}: residual has dtype {residual.dtype}, expected {x.dtype} like x")
+    check_dtype(op, "residual", residual, (x.dtype,))
     check_shape(op, "residual", residual, x.shape)
     check_device(op, "residual", residual, x)
     _check_parameters(op, x, w, b)

@@ -153,4 +153,5 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views (B, T, H, D) of a packed (B, T, 3C)."""
-    return qkv.view(*qkv.shape[:2], 3, n_head, -1).unbind(2)
+    batch, length, width = qkv.shape
+    return qkv.view(batch, length, 3, n_head, width // (3 * n_head)).unbind(2)

@@ -25,7 +25,8 @@ def dropout_mask(
     rows = math.prod(leading)
     if not causal:
         mask = keep_mask(seed, rows, columns, p, row_offset)
-        return rng.pack_bits(mask).view(*leading, -1) if seed.is_cuda else _pack(mask, leading)
+        packed = rng.pack_bits(mask) if seed.is_cuda else _pack(mask)
+        return packed.view(*leading, (columns + 31) // 32)
     batch, heads, queries, keys = shape
     words = (keys + 31) // 32
     bits = torch.empty(batch * heads, queries, words, dtype=torch.int32, device=seed.device)
@@ -35,8 +36,9 @@ def dropout_mask(
         first_rows = row_offset + queries * torch.arange(batch * heads).unsqueeze(1)
         numbers = (first_rows + torch.arange(start, stop)).flatten()
         chunk = _keep(seed, numbers, visible, p)
-        packed = rng.pack_bits(chunk) if seed.is_cuda else _pack(chunk, [chunk.shape[0]])
-        bits[:, start:stop, : packed.shape[-1]] = packed.view(batch * heads, stop - start, -1)
+        packed = rng.pack_bits(chunk) if seed.is_cuda else _pack(chunk)
+        needed = packed.shape[-1]
+        bits[:, start:stop, :needed] = packed.view(batch * heads, stop - start, needed)
     return bits.view(batch, heads, queries, words)
 
 
@@ -85,13 +87,13 @@ def _draw_rows(mask, numbers, key: int, site_and_step: int, threshold: int) -> N
     np.greater_equal(values, threshold, out=mask)
 
 
-def _pack(mask: Tensor, leading: Sequence[int]) -> Tensor:
-    """bool (rows, columns) on a CPU → int32 (*leading, ceil(columns / 32))."""
+def _pack(mask: Tensor) -> Tensor:
+    """`rng.pack_bits` for bool (rows, columns) on a CPU."""
     rows, columns = mask.shape
     words = (columns + 31) // 32
     packed = np.zeros((rows, 4 * words), dtype=np.uint8)
     packed[:, : (columns + 7) // 8] = np.packbits(mask.numpy(), axis=1, bitorder="little")
-    return torch.from_numpy(packed.view("<i4")).view(*leading, words)
+    return torch.from_numpy(packed.view("<i4"))
 
 
 def unpack(bits: Tensor, columns: int) -> Tensor:

@@ -15,16 +15,20 @@ def layer_norm_fwd(
     b: Tensor,  # (C,)
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[1:], w.float(), b.float(), eps)
-    return y.to(x.dtype), mean.flatten(), rstd.flatten()
+    x32 = x.float()
+    mean = x32.mean(1, keepdim=True)
+    # Centred first: ATen multiplies x and its mean by rstd before it subtracts them.
+    y, rest, rstd = torch.native_layer_norm(x32 - mean, x.shape[1:], w.float(), b.float(), eps)
+    return y.to(x.dtype), (mean + rest).flatten(), rstd.flatten()
 
 
 def layer_norm_bwd(
     dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
 ) -> tuple[Tensor, ...]:
-    w32 = w.float()
+    w32, centred = w.float(), x.float() - mean[:, None]
+    zero = torch.zeros_like(mean)[:, None]
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        dy.float(), x.float(), x.shape[1:], mean[:, None], rstd[:, None], w32, w32, needs
+        dy.float(), centred, x.shape[1:], zero, rstd[:, None], w32, w32, needs
     )
     return (
         dx.to(x.dtype) if needs[0] else x.new_empty(0),

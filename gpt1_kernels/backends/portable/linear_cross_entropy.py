@@ -23,19 +23,23 @@ def linear_cross_entropy_fwd(
     valid = check_ids("linear_cross_entropy", targets, w.shape[0], ignore_index)
     safe, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
     losses, lse = torch.empty_like(weight), torch.empty_like(weight)
+    dtype, (h, w) = h.dtype, _for_products(h, w)
     dh = torch.empty_like(h) if gradients[0] else h.new_empty(0)
     dw = w.new_zeros(w.shape if gradients[1] else 0, dtype=torch.float32)
     for rows in _chunks(h, w):
         target = safe[rows, None]
         logits = (h[rows] @ w.t()).float()  # (rows, V)
-        target_logit = logits.gather(1, target)
-        log_p = torch._log_softmax(logits, 1, False, out=logits)
-        target_log_p = log_p.gather(1, target)
-        losses[rows] = (-target_log_p).squeeze(1) * weight[rows]
-        lse[rows] = (target_logit - target_log_p).squeeze(1)
-        if any(gradients):
-            _gradients(log_p.exp_(), target, weight[rows], h, w, rows, dh, dw, gradients)
-    return nan_where_invalid(losses, valid), lse, dh, dw
+        target_logit, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
+        p = torch.softmax(logits, 1, out=logits)
+        log_largest_p = p.amax(1, keepdim=True).log_()
+        others = _without_target(p, target)
+        loss = largest - target_logit - log_largest_p
+        # Of a confident token, −log p has no digits left, but the others' probability has.
+        loss = torch.where(others < 0.5, -torch.log1p(-others), loss)
+        losses[rows] = loss.squeeze(1) * weight[rows]
+        lse[rows] = (largest - log_largest_p).squeeze(1)
+        _gradients(p, others, target, weight[rows], h, w, rows, dh, dw, gradients)
+    return nan_where_invalid(losses, valid), lse, dh.to(dtype), dw
 
 
 def linear_cross_entropy_bwd(
@@ -51,12 +55,16 @@ def linear_cross_entropy_bwd(
     valid = check_ids("linear_cross_entropy", targets, w.shape[0], ignore_index)
     safe, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
     weight = torch.where(weight == 0, 0, weight * dloss)
+    dtype, (h, w) = h.dtype, _for_products(h, w)
     dh = torch.empty_like(h) if needs[0] else h.new_empty(0)
     dw = w.new_zeros(w.shape if needs[1] else 0, dtype=torch.float32)
     for rows in _chunks(h, w):
-        p = (h[rows] @ w.t()).float().sub_(lse[rows, None]).exp_()
-        _gradients(p, safe[rows, None], weight[rows], h, w, rows, dh, dw, needs)
-    return dh, dw.to(w.dtype)
+        logits = (h[rows] @ w.t()).float()
+        p = torch.softmax(logits, 1, out=logits)
+        target = safe[rows, None]
+        others = _without_target(p, target)
+        _gradients(p, others, target, weight[rows], h, w, rows, dh, dw, needs)
+    return dh.to(dtype), dw.to(dtype)
 
 
 def scale_gradients(
@@ -65,10 +73,21 @@ def scale_gradients(
     return (dh.float() * scale).to(dh.dtype), (dw * scale).to(dtype)
 
 
-def _gradients(p, target, weight, h, w, rows, dh, dw, needs) -> None:
+def _for_products(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Without fp16, whose range is too small for unscaled gradients."""
+    return (h.float(), w.float()) if h.dtype == torch.float16 else (h, w)
+
+
+def _without_target(p: Tensor, target: Tensor) -> Tensor:
+    """Clears the target's probability in p (rows, V) and returns the sum of the others, (rows, 1)."""
+    return p.scatter_(1, target, 0).sum(1, keepdim=True)
+
+
+def _gradients(p, others, target, weight, h, w, rows, dh, dw, needs) -> None:
     """Turns probabilities (rows, V) into dlogits in place, and adds what they give to dh and dw."""
-    dlogits = p.scatter_add_(1, target, torch.full_like(p[:, :1], -1)).mul_(weight[:, None])
-    dlogits = dlogits.to(h.dtype)
+    if not any(needs):
+        return
+    dlogits = p.scatter_(1, target, -others).mul_(weight[:, None]).to(h.dtype)
     if needs[0]:
         torch.mm(dlogits, w, out=dh[rows])
     if needs[1]:

@@ -1,0 +1,547 @@
+"""What breaks kernel libraries in the field: a test per row of the list, on every backend.
+
+Rows that concern other files: 19 and 8 of the model in `test_model.py`, 21 and 22 in
+`test_compile.py`, 26 in `test_dispatch.py`, 28 in `test_pretrained.py`, 31 in `training/`.
+"""
+
+import re
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from gpt1_kernels import errors, ops, reference, use_backend
+from gpt1_kernels.backends import OPS
+from gpt1_kernels.numerics import assert_close
+from tests.cases import (
+    DEVICE,
+    DTYPES,
+    PARITY,
+    SEED,
+    Case,
+    backends_of,
+    cast,
+    causal_attention,
+    causal_attention_qkvpacked,
+    check_parity,
+    dropout_add_layer_norm,
+    embedding,
+    gelu_ffn,
+    layer_norm,
+    linear_cross_entropy,
+    on_backends,
+    oracle_of,
+    results,
+    upstream,
+)
+
+SMALL = [
+    layer_norm("small", 37, 80),
+    dropout_add_layer_norm("small", 37, 80, 0.1),
+    causal_attention("small", 2, 21, 21, 2, 16, 0.1),
+    causal_attention_qkvpacked("small", 2, 21, 2, 16, 0.1),
+    gelu_ffn("small", 21, 32, 128),
+    embedding("small", 2, 21, 50, 32, 0.1),
+    linear_cross_entropy("small", 21, 32, 100),
+    linear_cross_entropy("small-none", 21, 32, 100, "none"),
+]
+WITH_DROPOUT = [SMALL[i] for i in (1, 2, 3, 5)]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+def assert_same(actual: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@needs_gpus
+@on_backends(SMALL)
+def test_row01_another_device_is_current(case, backend):
+    inputs = cast(case, torch.bfloat16, torch.bfloat16)
+    elsewhere = {k: x.to("cuda:1") for k, x in inputs.items()}
+    keywords = {
+        k: v.to("cuda:1") if isinstance(v, torch.Tensor) else v
+        for k, v in getattr(case.fused, "keywords", {}).items()
+    }
+    function = getattr(case.fused, "func", case.fused)
+    arguments = [a.to("cuda:1") for a in getattr(case.fused, "args", ())]
+    with use_backend(backend):
+        expected = results(case.fused, inputs)
+        actual = results(partial(function, *arguments, **keywords), elsewhere)
+    assert_same({k: x.to("cuda:0") for k, x in actual.items()}, expected)
+
+
+@needs_gpu
+@on_backends(SMALL)
+def test_row02_a_replayed_graph_draws_new_bits(case, backend):
+    inputs = {k: x.detach() for k, x in cast(case, torch.bfloat16, torch.bfloat16).items()}
+    seed = SEED.clone()
+    keywords = getattr(case.fused, "keywords", {})
+    function = case.fused if case not in WITH_DROPOUT else partial(case.fused, seed=seed)
+    with use_backend(backend):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                results(function, inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = results(function, inputs)
+        for _ in range(2):
+            for x in inputs.values():
+                x.mul_(0.9)
+            if "seed" in keywords:
+                seed[1] += 1
+            graph.replay()
+            assert_same(captured, results(function, inputs))
+
+
+@dtypes
+@on_backends(SMALL)
+def test_row03_upstream_gradient_is_not_contiguous(case, backend, dtype):
+    inputs, dout = cast(case, dtype, dtype), upstream(case, dtype)
+    if dout.dim() == 0:
+        pytest.skip("the gradient of a scalar is contiguous")
+    with use_backend(backend):
+        expanded = torch.ones((), dtype=dtype, device=DEVICE).expand_as(dout)
+        assert_same(
+            results(case.fused, inputs, expanded), results(case.fused, inputs, expanded.clone())
+        )
+        transposed = dout.mT.contiguous().mT if dout.dim() > 1 else dout.repeat_interleave(2)[::2]
+        assert dout.numel() == 1 or not transposed.is_contiguous()
+        assert_same(results(case.fused, inputs, transposed), results(case.fused, inputs, dout))
+
+
+def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "last stride not 1":
+        return x.repeat_interleave(2, dim=-1)[..., ::2]
+    if layout == "row stride above its size":
+        return torch.nn.functional.pad(x, (3, 5))[..., 3:-5]
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "layout", ["last stride not 1", "row stride above its size", "axes swapped in memory"]
+)
+@on_backends(SMALL)
+def test_row04_layouts(case, backend, layout):
+    inputs, dout = cast(case, torch.float32, torch.float32), upstream(case, torch.float32)
+    strided = {k: in_layout(x, layout) if x.dim() > 1 else x for k, x in inputs.items()}
+    mixed = {**strided, list(inputs)[0]: inputs[list(inputs)[0]]}
+    oracle, plain = oracle_of(case, inputs, dout), results(case.reference, inputs, dout)
+    with use_backend(backend):
+        for arguments in (strided, mixed):
+            actual = results(case.fused, arguments, dout)
+            assert actual["out"].is_contiguous()
+            for name, value in actual.items():
+                assert_close(name, value, plain[name], oracle[name], torch.float32)
+
+
+EMPTY = {
+    layer_norm("empty", 0, 48): (0, 48),
+    dropout_add_layer_norm("empty", 0, 48, 0.1): (0, 48),
+    causal_attention("no-batch", 0, 5, 5, 2, 16, 0.1): (0, 5, 2, 16),
+    causal_attention("no-positions", 2, 0, 0, 2, 16): (2, 0, 2, 16),
+    causal_attention("no-queries", 2, 0, 5, 2, 16, 0.1): (2, 0, 2, 16),
+    causal_attention_qkvpacked("no-batch", 0, 5, 2, 16): (0, 5, 32),
+    causal_attention_qkvpacked("no-positions", 2, 0, 2, 16, 0.1): (2, 0, 32),
+    gelu_ffn("empty", 0, 16, 64): (0, 16),
+    embedding("no-batch", 0, 5, 10, 16, 0.1): (0, 5, 16),
+    embedding("no-positions", 2, 0, 10, 16): (2, 0, 16),
+    linear_cross_entropy("empty", 0, 16, 10): (),
+    linear_cross_entropy("empty-none", 0, 16, 10, "none"): (0,),
+}
+
+
+@dtypes
+@on_backends(EMPTY)
+def test_row05_empty(case, backend, dtype):
+    inputs = cast(case, dtype, dtype)
+    with use_backend(backend):
+        actual = results(case.fused, inputs)
+    assert actual["out"].shape == EMPTY[case]
+    assert not actual["out"].any()
+    for name, x in inputs.items():
+        assert actual[name].shape == x.shape
+        assert not actual[name].any(), name
+
+
+SIZES = [
+    *(layer_norm(f"{n}x{c}", n, c) for n, c in ((1, 80), (63, 16), (65, 1000))),
+    *(dropout_add_layer_norm(f"{n}x{c}", n, c, 0.1) for n, c in ((1, 17), (65, 100))),
+    *(causal_attention(f"T{t}-D{d}", 1, t, t, 1, d, 0.1) for t, d in ((1, 80), (127, 5), (31, 300))),
+    *(gelu_ffn(f"{n}x{c}x{f}", n, c, f) for n, c, f in ((1, 1, 1), (129, 33, 70))),
+    *(embedding(f"T{t}-C{c}", 1, t, 9, c, 0.1) for t, c in ((1, 1), (65, 17))),
+    *(linear_cross_entropy(f"V{v}", n, 9, v) for n, v in ((1, 2), (65, 131))),
+]  # fmt: skip
+
+
+@on_backends(SIZES)
+def test_row06_sizes_that_fit_no_tile(case, backend):
+    check_parity(case, backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", backends_of("layer_norm"))
+def test_row07_more_than_65535_rows(backend):
+    rows = 65_600
+    x, w = torch.randn(rows, 16, device=DEVICE), torch.randn(16, device=DEVICE)
+    with use_backend(backend):
+        y = ops.layer_norm(x, w, w)
+    last = slice(rows - 300, rows)
+    torch.testing.assert_close(y[last], reference.layer_norm(x[last], w, w))
+
+
+@pytest.mark.parametrize("backend", backends_of("causal_attention"))
+def test_row07_more_than_65535_heads(backend):
+    q, k, v = torch.randn(3, 300, 3, 256, 16, device=DEVICE).unbind()
+    assert q.shape[0] * q.shape[2] > 65535
+    with use_backend(backend):
+        out = ops.causal_attention(q, k, v)
+    torch.testing.assert_close(out[-2:], reference.causal_attention(q[-2:], k[-2:], v[-2:]))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", backends_of("causal_attention"))
+def test_row08_bad_values_in_padding_stay_there(backend, bad):
+    case = causal_attention("padded", 2, 40, 40, 2, 16, 0.1, padding=[0, 9])
+    dout = upstream(case, torch.float32)
+    dirty = {k: x.clone() for k, x in case.inputs.items()}
+    for x in (*dirty.values(), dout):
+        x[1, :9] = bad
+    clean_dout = dout.clone()
+    clean_dout[1, :9] = 0
+    with use_backend(backend):
+        actual = results(case.fused, dirty, dout)
+        expected = results(case.fused, case.inputs, clean_dout)
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("backend", backends_of("causal_attention"))
+def test_row09_left_padding_equals_the_unpadded_run(backend):
+    pad = 13
+    short = causal_attention("unpadded", 1, 40, 40, 2, 16)
+    padded = {
+        k: torch.cat([torch.randn(1, pad, 2, 16, device=DEVICE), x], 1)
+        for k, x in short.inputs.items()
+    }
+    first_key = torch.tensor([pad], dtype=torch.int32, device=DEVICE)
+    dout = upstream(short, torch.float32)
+    with use_backend(backend):
+        expected = results(short.fused, short.inputs, dout)
+        actual = results(
+            partial(ops.causal_attention, first_key=first_key), padded,
+            torch.cat([torch.ones(1, pad, 2, 16, device=DEVICE), dout], 1),
+        )  # fmt: skip
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name][:, pad:], value)
+        assert not actual[name][:, :pad].any(), name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", backends_of("linear_cross_entropy"))
+def test_row10_all_labels_ignored(backend, reduction):
+    case = linear_cross_entropy("all-ignored", 9, 16, 50, reduction, ignored=9)
+    with use_backend(backend):
+        actual = results(case.fused, case.inputs)
+    for value in actual.values():
+        assert not value.any()
+
+
+def out_of_range_calls():
+    table, position = torch.randn(10, 16, device=DEVICE), torch.randn(4, 16, device=DEVICE)
+    h = torch.randn(3, 16, device=DEVICE)
+    ids = torch.tensor([[0, 1, 2]], device=DEVICE)
+    for value, bound in ((10, 10), (-1, 10)):
+        bad = torch.tensor([[0, value, 2]], device=DEVICE)
+        yield "embedding", value, bound, partial(ops.embedding, bad, table, position)
+        yield (
+            "linear_cross_entropy",
+            value,
+            bound,
+            partial(ops.linear_cross_entropy, h, table, bad[0]),
+        )
+        yield (
+            "embedding",
+            value,
+            bound,
+            partial(ops.embedding, ids, table, position, token_type_ids=bad),
+        )
+    bad = torch.tensor([[0, 4, 2]], device=DEVICE)
+    yield "embedding", 4, 4, partial(ops.embedding, ids, table, position, position_ids=bad)
+
+
+@pytest.mark.parametrize(("op", "value", "bound", "call"), out_of_range_calls())
+def test_row11_ids_out_of_range(op, value, bound, call):
+    message = re.escape(f"{op}: id {value} is out of range [0, {bound})")
+    for backend in backends_of(op):
+        with use_backend(backend), pytest.raises(IndexError, match=message):
+            out = call()
+            assert DEVICE == "cuda", "a CPU raises at once"
+            assert out.isnan().any()
+            errors.check_errors()
+        errors.check_errors()  # which has nothing more to say
+
+
+@dtypes
+@on_backends([linear_cross_entropy("uneven", 21, 32, 100, "none", ignored=3, weighted=True)])
+def test_row12_uneven_upstream_gradient(case, backend, dtype):
+    check_parity(case, backend, dtype)
+
+
+@on_backends(SMALL)
+def test_row13_no_grad_gives_the_same_output(case, backend, launches):
+    with use_backend(backend):
+        expected = results(case.fused, case.inputs)["out"]
+        launches.clear()
+        with torch.no_grad():
+            actual = case.fused(**case.inputs)
+    assert torch.equal(actual, expected)
+    assert not [name for _, name in launches if "bwd" in name or "scale_gradients" in name]
+
+
+@on_backends(SMALL)
+def test_row13_a_frozen_input_changes_no_other_gradient(case, backend):
+    dout = upstream(case, torch.float32)
+    with use_backend(backend):
+        expected = results(case.fused, case.inputs, dout)
+        for frozen in case.inputs if len(case.inputs) > 1 else ():
+            others = {k: x for k, x in case.inputs.items() if k != frozen}
+            function = partial(case.fused, **{frozen: case.inputs[frozen].detach()})
+            actual = results(function, others, dout)
+            assert_same({**expected, **actual}, expected)
+
+
+@on_backends(SMALL)
+def test_row14_two_backwards_leave_the_inputs_unchanged(case, backend):
+    leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    with use_backend(backend):
+        out = case.fused(**leaves)
+        once = torch.autograd.grad(out.sum(), list(leaves.values()), retain_graph=True)
+        twice = torch.autograd.grad(out.sum() * 2, list(leaves.values()))
+    for name, first, second in zip(leaves, once, twice, strict=True):
+        torch.testing.assert_close(second, 2 * first, msg=name)
+        assert torch.equal(leaves[name], case.inputs[name])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("backend", backends_of("dropout_add_layer_norm"))
+def test_row14_the_same_tensor_as_x_and_residual(backend, p):
+    one = dropout_add_layer_norm("same-tensor", 9, 48, p, x_bias=False)
+
+    def twice(function):
+        return lambda x, w, b: function(x=x, residual=x, w=w, b=b)
+
+    inputs = {k: x for k, x in one.inputs.items() if k != "residual"}
+    case = Case("same-tensor", one.op, inputs, twice(one.fused), twice(one.reference))
+    check_parity(case, backend, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, "the autocast dtype"])
+@on_backends([*SMALL, gelu_ffn("no-bias", 21, 32, 128, b_proj=False)])
+def test_row15_autocast(case, backend, dtype, given):
+    activations = {"x", "residual", "q", "k", "v", "qkv", "h"}
+    inputs = {
+        k: x.to(dtype) if k in activations and given != torch.float32 else x
+        for k, x in case.inputs.items()
+    }
+    with use_backend(backend), torch.autocast(DEVICE, dtype):
+        actual = results(case.fused, inputs)
+    loss = case.op == "linear_cross_entropy"
+    assert actual["out"].dtype == (torch.float32 if loss else dtype)
+    rounded = {k: x.to(dtype) for k, x in inputs.items()}
+    dout = torch.ones_like(actual["out"])
+    plain, oracle = results(case.reference, rounded, dout), oracle_of(case, inputs, dout)
+    for name, value in actual.items():
+        if name != "out":
+            assert value.dtype == inputs[name].dtype, name
+        # The oracle knows the unrounded inputs, so their rounding counts for both sides.
+        assert_close(name, value, plain[name], oracle[name], dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", backends_of("linear_cross_entropy"))
+def test_row16_confident_tokens_and_logits_of_ten_thousand(backend, reduction, dtype):
+    # Logits that every dtype holds exactly, so that what is tested is the loss.
+    confident = linear_cross_entropy("confident", 24, 24, 24, reduction)
+    targets = confident.fused.keywords["targets"]
+    for gain in (8.0, 12.0, 9984.0, -9984.0):
+        h = gain * torch.nn.functional.one_hot(targets, 24).float()
+        case = replace(confident, inputs={"h": h, "w": torch.eye(24, device=DEVICE)})
+        check_parity(case, backend, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("op", ["layer_norm", "dropout_add_layer_norm"])
+def test_row17_huge_mean_and_tiny_variance(op, dtype):
+    # Half of the elements above, half below a mean that every dtype, and every sum, holds exactly.
+    step = {torch.float32: 0.0625, torch.float16: 0.5, torch.bfloat16: 4.0}[dtype]
+    signs = torch.stack([torch.randperm(80) for _ in range(9)]) % 2 * 2 - 1
+    case = (
+        layer_norm("huge-mean", 9, 80)
+        if op == "layer_norm"
+        else dropout_add_layer_norm("huge-mean", 9, 80, 0.0, x_bias=False)
+    )
+    x = 512 + step * signs.to(DEVICE)
+    inputs = {**case.inputs, "x": x}
+    if "residual" in inputs:
+        inputs["residual"] = torch.zeros_like(x)
+    for backend in backends_of(op):
+        check_parity(replace(case, inputs=inputs), backend, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("backend", backends_of("layer_norm"))
+def test_row17_constant_rows(backend, dtype):
+    case = layer_norm("constant-rows", 9, 80)
+    inputs = {**case.inputs, "x": torch.full((9, 80), 3.0, device=DEVICE)}
+    inputs["x"][::2] = 0
+    check_parity(replace(case, inputs=inputs), backend, dtype)
+
+
+@on_backends(WITH_DROPOUT)
+def test_row18_dropout_at_zero_draws_nothing(case, backend):
+    without = partial(case.fused, dropout_p=0.0)
+    with use_backend(backend):
+        assert_same(
+            results(without, case.inputs), results(partial(without, seed=None), case.inputs)
+        )
+
+
+@on_backends(WITH_DROPOUT)
+def test_row18_a_new_step_draws_new_bits(case, backend):
+    with use_backend(backend):
+        one = results(case.fused, case.inputs)
+        other = results(
+            partial(case.fused, seed=SEED + torch.tensor([0, 1], device=DEVICE)), case.inputs
+        )
+    assert not torch.equal(one["out"], other["out"])
+
+
+@pytest.mark.parametrize("p", [1.0, 1 - 1e-6])
+@on_backends(WITH_DROPOUT)
+def test_row18_everything_dropped(case, backend, p):
+    with use_backend(backend):
+        actual = results(partial(case.fused, dropout_p=p), case.inputs)
+        if case.op == "dropout_add_layer_norm":
+            undropped = {k: case.inputs[k] for k in ("w", "b")}
+            x = case.inputs["residual"]
+            assert_same({"out": ops.layer_norm(x, **undropped)}, {"out": actual["out"]})
+            assert not actual["x"].any()
+            assert not actual["x_bias"].any()
+        else:
+            assert not any(value.any() for value in actual.values())
+
+
+@on_backends(WITH_DROPOUT)
+def test_row18_backward_uses_the_bits_of_forward(case, backend):
+    """A gradient of fp64 finite differences through the fused forward would need fp64: the oracle
+    with the stream's own bits is the same statement."""
+    check_parity(case, backend, torch.float32)
+
+
+@on_backends(SMALL)
+def test_row20_double_backward_names_the_op(case, backend):
+    leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    with use_backend(backend):
+        out = case.fused(**leaves).sum()
+        with pytest.raises(RuntimeError, match=f"{case.op}.* has no double backward"):
+            torch.autograd.grad(out, list(leaves.values()), create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.float64, torch.int32, torch.complex64, "mixed", "sparse"], ids=str
+)
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_row23_unsupported_dtypes_are_named(case, bad):
+    for name in case.inputs:
+        if bad == "mixed":
+            if len(case.inputs.keys() - case.parameters) == 1 or name in case.parameters:
+                continue
+            wrong, named = case.inputs[name].half(), r"float16|float32"
+        elif bad == "sparse":
+            wrong, named = case.inputs[name].to_sparse(), "sparse_coo"
+        else:
+            wrong, named = case.inputs[name].to(bad), str(bad)
+        with pytest.raises(TypeError, match=rf"{case.op}.*({named})"):
+            case.fused(**{**case.inputs, name: wrong})
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_row24_wrong_ranks_and_sizes_are_named(case):
+    for name, x in case.inputs.items():
+        free = (name == "x" and case.op in ("layer_norm", "gelu_ffn")) or name == "qkv"
+        for wrong in (x[..., :-1], x.unsqueeze(0)) if not free else (x[..., :-1],):
+            if case.op == "embedding" and name == "w_position" and wrong.dim() == 2:
+                wrong = wrong[:5, :-1]
+            with pytest.raises(ValueError, match=r"(shape|width).*expected"):
+                case.fused(**{**case.inputs, name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: ops.layer_norm(x.sum(), x[0], x[0]), r"x has shape \(\), expected \(..., C\)"),
+        (
+            lambda x: ops.causal_attention(x[None, :, None], x[None, :3, None], x[None, :3, None]),
+            "q has 9 positions, expected at most k's 3",
+        ),
+        (lambda x: ops.causal_attention_qkvpacked(x[None], 5), "width 48.* 3 · 5 heads"),
+        (
+            lambda x: ops.linear_cross_entropy(x, x, torch.arange(9), reduction="max"),
+            "reduction is 'max', expected one of",
+        ),
+        (
+            lambda x: ops.linear_cross_entropy(x, x, torch.arange(8)),
+            r"targets has shape \(8,\), expected \(9\)",
+        ),
+        (
+            lambda x: ops.embedding(torch.zeros(1, 10, dtype=torch.int64), x, x),
+            "ids has 10 positions, expected at most 9",
+        ),
+        (lambda x: ops.dropout_mask(SEED.cpu(), (2, 3), 1.5), r"dropout_p is 1.5, expected"),
+        (lambda x: ops.dropout_mask(SEED.cpu()[:1], (2, 3), 0.5), r"seed has shape \(1,\)"),
+        (lambda x: ops.dropout_mask(SEED.cpu(), (2**32 + 1, 1), 0.5), "expected at most 4294967296"),
+        (
+            lambda x: ops.dropout_add_layer_norm(x, x, x[0], x[0], dropout_p=0.1),
+            "seed is None, expected an int64 tensor",
+        ),
+    ],
+)  # fmt: skip
+def test_row24_other_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(9, 48))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_row25_tensors_on_two_devices_are_named(case):
+    first, *others = case.inputs
+    for name in others:
+        with pytest.raises(ValueError, match=rf"{case.op}: {name} is on meta.*{DEVICE}"):
+            case.fused(**{**case.inputs, name: case.inputs[name].to("meta")})
+
+
+def test_row25_a_seed_on_another_device():
+    x = torch.randn(3, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="seed is on meta"):
+        ops.dropout_add_layer_norm(x, x, x[0], x[0], dropout_p=0.1, seed=SEED.to("meta"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("backend", backends_of("linear_cross_entropy"))
+def test_a_reduced_loss_is_the_reduction_of_the_token_losses(backend, reduction):
+    case = linear_cross_entropy("reduced", 37, 48, 100, reduction, ignored=5, weighted=True)
+    inputs = cast(case, torch.bfloat16, torch.bfloat16)
+    with use_backend(backend):
+        losses = case.fused(**inputs, reduction="none")
+        loss = case.fused(**inputs)
+    weight = case.fused.keywords["token_weight"][5:].sum() if reduction == "mean" else 1
+    torch.testing.assert_close(loss, losses.sum() / weight)
+
+
+def test_parity_covers_every_op():
+    assert {case.op for case in PARITY} | {"dropout_mask"} == set(OPS)
