@@ -130,7 +130,8 @@ def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
 def test_row04_layouts(case, backend, layout):
     inputs, dout = cast(case, torch.float32, torch.float32), upstream(case, torch.float32)
     strided = {k: in_layout(x, layout) if x.dim() > 1 else x for k, x in inputs.items()}
-    mixed = {**strided, list(inputs)[0]: inputs[list(inputs)[0]]}
+    first = next(iter(inputs))
+    mixed = {**strided, first: inputs[first]}
     oracle, plain = oracle_of(case, inputs, dout), results(case.reference, inputs, dout)
     with use_backend(backend):
         for arguments in (strided, mixed):
@@ -172,11 +173,14 @@ def test_row05_empty(case, backend, dtype):
 SIZES = [
     *(layer_norm(f"{n}x{c}", n, c) for n, c in ((1, 80), (63, 16), (65, 1000))),
     *(dropout_add_layer_norm(f"{n}x{c}", n, c, 0.1) for n, c in ((1, 17), (65, 100))),
-    *(causal_attention(f"T{t}-D{d}", 1, t, t, 1, d, 0.1) for t, d in ((1, 80), (127, 5), (31, 300))),
+    *(
+        causal_attention(f"T{t}-D{d}", 1, t, t, 1, d, 0.1)
+        for t, d in ((1, 80), (127, 5), (31, 300))
+    ),
     *(gelu_ffn(f"{n}x{c}x{f}", n, c, f) for n, c, f in ((1, 1, 1), (129, 33, 70))),
     *(embedding(f"T{t}-C{c}", 1, t, 9, c, 0.1) for t, c in ((1, 1), (65, 17))),
     *(linear_cross_entropy(f"V{v}", n, 9, v) for n, v in ((1, 2), (65, 131))),
-]  # fmt: skip
+]
 
 
 @on_backends(SIZES)
@@ -273,15 +277,18 @@ def out_of_range_calls():
     yield "embedding", 4, 4, partial(ops.embedding, ids, table, position, position_ids=bad)
 
 
-@pytest.mark.parametrize(("op", "value", "bound", "call"), out_of_range_calls())
+@pytest.mark.parametrize(("op", "value", "bound", "call"), list(out_of_range_calls()))
 def test_row11_ids_out_of_range(op, value, bound, call):
     message = re.escape(f"{op}: id {value} is out of range [0, {bound})")
     for backend in backends_of(op):
-        with use_backend(backend), pytest.raises(IndexError, match=message):
-            out = call()
-            assert DEVICE == "cuda", "a CPU raises at once"
-            assert out.isnan().any()
-            errors.check_errors()
+        with use_backend(backend):
+            if DEVICE == "cpu":
+                with pytest.raises(IndexError, match=message):
+                    call()
+            else:
+                assert call().isnan().any()
+                with pytest.raises(IndexError, match=message):
+                    errors.check_errors()
         errors.check_errors()  # which has nothing more to say
 
 
@@ -372,7 +379,8 @@ def test_row16_confident_tokens_and_logits_of_ten_thousand(backend, reduction, d
     for gain in (8.0, 12.0, 9984.0, -9984.0):
         h = gain * torch.nn.functional.one_hot(targets, 24).float()
         case = replace(confident, inputs={"h": h, "w": torch.eye(24, device=DEVICE)})
-        check_parity(case, backend, dtype)
+        loss_scale = torch.full_like(case.reference(**case.inputs), 2.0**12)
+        check_parity(case, backend, dtype, dout=loss_scale)
 
 
 @dtypes
@@ -414,11 +422,10 @@ def test_row18_dropout_at_zero_draws_nothing(case, backend):
 
 @on_backends(WITH_DROPOUT)
 def test_row18_a_new_step_draws_new_bits(case, backend):
+    next_step = SEED + torch.tensor([0, 1], device=DEVICE)
     with use_backend(backend):
         one = results(case.fused, case.inputs)
-        other = results(
-            partial(case.fused, seed=SEED + torch.tensor([0, 1], device=DEVICE)), case.inputs
-        )
+        other = results(partial(case.fused, seed=next_step), case.inputs)
     assert not torch.equal(one["out"], other["out"])
 
 
@@ -439,8 +446,7 @@ def test_row18_everything_dropped(case, backend, p):
 
 @on_backends(WITH_DROPOUT)
 def test_row18_backward_uses_the_bits_of_forward(case, backend):
-    """A gradient of fp64 finite differences through the fused forward would need fp64: the oracle
-    with the stream's own bits is the same statement."""
+    """The oracle's gradient drops by the stream's own definition of the bits."""
     check_parity(case, backend, torch.float32)
 
 
@@ -505,7 +511,7 @@ def test_row24_wrong_ranks_and_sizes_are_named(case):
         ),
         (lambda x: ops.dropout_mask(SEED.cpu(), (2, 3), 1.5), r"dropout_p is 1.5, expected"),
         (lambda x: ops.dropout_mask(SEED.cpu()[:1], (2, 3), 0.5), r"seed has shape \(1,\)"),
-        (lambda x: ops.dropout_mask(SEED.cpu(), (2**32 + 1, 1), 0.5), "expected at most 4294967296"),
+        (lambda x: ops.dropout_mask(SEED.cpu(), (2**32 + 1, 1), 0.5), "at most 4294967296"),
         (
             lambda x: ops.dropout_add_layer_norm(x, x, x[0], x[0], dropout_p=0.1),
             "seed is None, expected an int64 tensor",
@@ -519,8 +525,7 @@ def test_row24_other_arguments(call, message):
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
 def test_row25_tensors_on_two_devices_are_named(case):
-    first, *others = case.inputs
-    for name in others:
+    for name in list(case.inputs)[1:]:
         with pytest.raises(ValueError, match=rf"{case.op}: {name} is on meta.*{DEVICE}"):
             case.fused(**{**case.inputs, name: case.inputs[name].to("meta")})
 

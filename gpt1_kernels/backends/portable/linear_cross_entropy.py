@@ -79,7 +79,7 @@ def _for_products(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_target(p: Tensor, target: Tensor) -> Tensor:
-    """Clears the target's probability in p (rows, V) and returns the sum of the others, (rows, 1)."""
+    """Clears the target's probability in p (rows, V) and returns the others' sum, (rows, 1)."""
     return p.scatter_(1, target, 0).sum(1, keepdim=True)
 
 
