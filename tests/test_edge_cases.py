@@ -379,8 +379,9 @@ def test_row16_confident_tokens_and_logits_of_ten_thousand(backend, reduction, d
     for gain in (8.0, 12.0, 9984.0, -9984.0):
         h = gain * torch.nn.functional.one_hot(targets, 24).float()
         case = replace(confident, inputs={"h": h, "w": torch.eye(24, device=DEVICE)})
-        loss_scale = torch.full_like(case.reference(**case.inputs), 2.0**12)
-        check_parity(case, backend, dtype, dout=loss_scale)
+        loss_scale = 2.0**12 if 0 < gain < 100 else 1.0  # without it, fp16 gradients underflow
+        dout = torch.full_like(case.reference(**case.inputs), loss_scale)
+        check_parity(case, backend, dtype, dout=dout)
 
 
 @dtypes
