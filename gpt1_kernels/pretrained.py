@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,15 +32,23 @@ class PretrainedMixin:
 
         Raises:
             FileNotFoundError: one of the two files is missing.
-            ValueError: a tensor is missing, left over or of another shape; the message names it.
+            ValueError: a file is damaged, or a tensor is missing, left over or of another shape;
+                the message names it.
         """
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name}: no such file, expected a model folder")
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        try:
+            values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: not JSON, {error}") from None
+        try:
+            state = load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS}: not a whole safetensors file, {error}") from None
         model = cls(GPT1Config.from_dict({**values, **overrides}))
-        model.load_pretrained_state(load_file(folder / WEIGHTS))
+        model.load_pretrained_state(state)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

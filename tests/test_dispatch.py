@@ -1,0 +1,136 @@
+"""Which backend serves a call, and what is said when one cannot."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from gpt1_kernels import backend_report, backends, ops, use_backend
+from tests.cases import DEVICE
+
+IMPORT_SECONDS = 0.3
+
+
+def python(code, **environment):
+    """Runs code in a new interpreter, without Triton's interpreter mode unless asked for."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "GPT1"))}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**inherited, "PYTHONPATH": os.getcwd(), **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return run.stdout.strip(), run.stderr
+
+
+def layer_norm():
+    x = torch.randn(3, 16, device=DEVICE)
+    return ops.layer_norm(x, x[0], x[0])
+
+
+def test_the_chosen_backend_runs_its_kernel(launches):
+    with use_backend("triton"):
+        layer_norm()
+    assert launches["triton", "layer_norm_fwd_kernel"] == 1
+    with use_backend("portable"):
+        layer_norm()
+    assert launches["portable", "layer_norm_fwd"] == 1
+    assert launches["triton", "layer_norm_fwd"] == 1
+
+
+def test_a_cpu_takes_the_portable_backend_by_itself(launches):
+    x = torch.randn(3, 16)
+    ops.layer_norm(x, x[0], x[0])
+    assert set(launches) == {("portable", "layer_norm_fwd")}
+
+
+def test_choices_nest_and_are_undone_after_an_error(launches):
+    with use_backend("triton"):
+        with pytest.raises(RuntimeError, match="inside"), use_backend("portable"):
+            raise RuntimeError("inside")
+        layer_norm()
+    assert launches["triton", "layer_norm_fwd_kernel"] == 1
+
+
+def test_backward_runs_where_forward_ran(launches):
+    x = torch.randn(3, 16, device=DEVICE, requires_grad=True)
+    with use_backend("triton"):
+        y = ops.layer_norm(x, x[0].detach(), x[0].detach())
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
+    assert launches["triton", "layer_norm_bwd_kernel"] == 1
+
+
+def test_a_backend_without_a_kernel_says_so_and_does_not_fall_back():
+    h = torch.randn(3, 16, device=DEVICE)
+    message = "gelu_ffn: backend 'triton' was asked for but it has no kernel for gelu_ffn"
+    with use_backend("triton"), pytest.raises(ValueError, match=message):
+        ops.gelu_ffn(h, h.t(), h[0, :3], h)
+
+
+def test_row25_a_cpu_tensor_for_a_gpu_backend():
+    _, stderr = python(
+        "import torch, gpt1_kernels as g; x = torch.ones(2, 8)\n"
+        "with g.use_backend('triton'): g.ops.layer_norm(x, x[0], x[0])"
+    )
+    assert "ValueError: layer_norm: backend 'triton' was asked for" in stderr
+    assert "Triton does not run on cpu tensors" in stderr
+    assert "TRITON_INTERPRET=1" in stderr
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'cudnn', expected one of triton, portable"):
+        use_backend("cudnn").__enter__()
+
+
+def test_the_report_names_every_op_and_backend():
+    report = backend_report()
+    assert report.keys() == backends.OPS.keys()
+    for op, answers in report.items():
+        assert answers["portable"] == "available"
+        has_kernel = op in ("dropout_mask", "layer_norm", "dropout_add_layer_norm")
+        expected = "available" if has_kernel else f"it has no kernel for {op}"
+        assert answers["triton"] == expected
+
+
+def test_row26_without_triton_it_imports_and_falls_back():
+    out, stderr = python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, gpt1_kernels as g; x = torch.ones(2, 8)\n"
+        "print(g.ops.layer_norm(x, x[0], x[0]).shape)\n"
+        "print(g.backend_report()['layer_norm']['triton'])"
+    )
+    assert out.startswith("torch.Size([2, 8])\nTriton cannot be imported"), stderr
+
+
+def test_row26_an_old_gpu_is_named(monkeypatch):
+    from gpt1_kernels.backends import triton as package
+
+    monkeypatch.setattr(package, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert package.unavailable_reason("cuda") == "GPU 0 has compute capability 7.5, below 8.0"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("portable", "portable"), ("auto", "None"), ("nonsense", "expected one of triton, portable")],
+)
+def test_the_environment_chooses(value, expected):
+    out, stderr = python(
+        "from gpt1_kernels import backends; print(backends._environment_choice())",
+        GPT1_KERNELS_BACKEND=value,
+    )
+    assert expected in out + stderr
+
+
+def test_importing_is_quick_and_leaves_triton_alone():
+    code = (
+        "import torch, sys, time; start = time.perf_counter(); import gpt1_kernels\n"
+        "print(time.perf_counter() - start, 'triton' in sys.modules)"
+    )
+    runs = [python(code)[0].split() for _ in range(3)]
+    assert {triton for _, triton in runs} == {"False"}
+    assert min(float(seconds) for seconds, _ in runs) < IMPORT_SECONDS

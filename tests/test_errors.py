@@ -1,0 +1,49 @@
+"""The record of ids out of range that a GPU keeps; its arithmetic runs on any device."""
+
+import pytest
+import torch
+
+from gpt1_kernels import check_errors, errors, ops
+from tests.cases import DEVICE
+
+
+@pytest.fixture
+def record(monkeypatch):
+    monkeypatch.setattr(errors, "_records", {})
+    return errors.error_record("embedding", 10, torch.device(DEVICE))
+
+
+def note(record, *ids):
+    ids = torch.tensor(ids, device=DEVICE)
+    record.note(ids, (ids >= 0) & (ids < 10))
+
+
+def test_the_first_id_out_of_range_is_raised_once(record):
+    note(record, 3, 4)
+    check_errors()
+    note(record, 3, 12, 13)
+    note(record, -1)
+    note(record, 1)
+    with pytest.raises(
+        IndexError, match=rf"embedding: id 12 is out of range \[0, 10\) on {DEVICE}"
+    ):
+        check_errors()
+    check_errors()
+    note(record, -1)
+    with pytest.raises(IndexError, match="id -1 "):
+        check_errors()
+
+
+def test_the_next_op_raises_it(record):
+    note(record, 99)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    x = torch.randn(3, 16, device=DEVICE)
+    with pytest.raises(IndexError, match="embedding: id 99 "):
+        ops.layer_norm(x, x[0], x[0])
+    ops.layer_norm(x, x[0], x[0])
+
+
+def test_one_record_an_op_and_bound(record):
+    assert errors.error_record("embedding", 10, torch.device(DEVICE)) is record
+    assert errors.error_record("embedding", 11, torch.device(DEVICE)) is not record

@@ -1,0 +1,127 @@
+"""The fused layers in a model that is not ours: pre-LN, `nn.Linear` weights, GPT-2 style."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from gpt1_kernels import (
+    CausalSelfAttention,
+    DropoutAddLayerNorm,
+    GeluFFN,
+    LayerNorm,
+    LinearCrossEntropyLoss,
+    reference,
+    rng,
+)
+from tests.cases import DEVICE, SEED
+
+WIDTH, HEADS, V = 48, 4, 61
+
+
+class PlainBlock(nn.Module):
+    """A pre-LN block of plain PyTorch modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.ln_1(x)).unflatten(-1, (3, HEADS, -1)).unbind(-3)
+        heads = (t.transpose(1, 2) for t in (q, k, v))
+        a = functional.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.out(a.transpose(1, 2).flatten(2))
+        return x + self.down(functional.gelu(self.up(self.ln_2(x)), approximate="tanh"))
+
+
+class FusedBlock(PlainBlock):
+    """The same block, with the same parameters, on the fused layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.ln_1, self.ln_2 = LayerNorm(WIDTH), LayerNorm(WIDTH)
+        self.attention = CausalSelfAttention(WIDTH, HEADS, c_attn=self.qkv, c_proj=self.out)
+        self.ffn = GeluFFN(WIDTH, c_fc=self.up, c_proj=self.down)
+
+    def forward(self, x):
+        x = x + self.attention(self.ln_1(x))
+        return x + self.ffn(self.ln_2(x))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.table = nn.Embedding(V, WIDTH)
+        self.blocks = nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, ids, loss):
+        h = self.table(ids)
+        for block in self.blocks:
+            h = block(h)
+        return loss(h[:, :-1], self.table.weight, ids[:, 1:])
+
+
+def plain_loss(h, weight, targets):
+    return functional.cross_entropy((h @ weight.t()).flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_pre_ln_model_on_fused_layers(autocast):
+    plain, fused = LanguageModel(PlainBlock).to(DEVICE), LanguageModel(FusedBlock).to(DEVICE)
+    fused.load_state_dict(plain.state_dict(), strict=False)
+    for block in fused.blocks:
+        assert block.attention.c_attn is block.qkv
+    ids = torch.randint(V, (3, 17), device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        expected, actual = plain(ids, plain_loss), fused(ids, LinearCrossEntropyLoss())
+    expected.backward()
+    actual.backward()
+    assert actual.dtype == torch.float32
+    tolerance = 0.05 if autocast else 1e-5
+    torch.testing.assert_close(actual, expected.float(), rtol=tolerance, atol=0)
+    gradients = {n: p.grad for n, p in fused.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        distance = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
+        # Softmax cannot see the keys' bias, so a third of that gradient is rounding noise.
+        assert distance < tolerance * (3 if name.endswith("qkv.bias") else 1), name
+
+
+def test_a_residual_site():
+    layer = DropoutAddLayerNorm(WIDTH, dropout_p=0.3).to(DEVICE)
+    x, residual = torch.randn(2, 2, 5, WIDTH, device=DEVICE)
+    keep = rng.keep_mask(SEED, 10, WIDTH, 0.3).view(2, 5, WIDTH)
+    expected = reference.dropout_add_layer_norm(
+        x, residual, layer.weight, layer.bias, keep=keep, p=0.3
+    )
+    torch.testing.assert_close(layer(x, residual, SEED), expected)
+    expected = functional.layer_norm(x + residual, (WIDTH,), layer.weight, layer.bias)
+    torch.testing.assert_close(layer.eval()(x, residual), expected)
+
+
+def test_a_layer_used_alone_draws_from_the_default_generator():
+    x = torch.randn(2, 9, WIDTH, device=DEVICE)
+    attention = CausalSelfAttention(WIDTH, HEADS, dropout_p=0.5).to(DEVICE)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(attention(x))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(attention.eval()(x), attention(x))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_loss_like_cross_entropy_loss(reduction):
+    h, w = torch.randn(2, 5, WIDTH, device=DEVICE), torch.randn(V, WIDTH, device=DEVICE)
+    targets = torch.randint(V, (2, 5), device=DEVICE)
+    targets[0, 0] = 7
+    loss = LinearCrossEntropyLoss(ignore_index=7, reduction=reduction)
+    theirs = nn.CrossEntropyLoss(ignore_index=7, reduction=reduction)
+    torch.testing.assert_close(loss(h, w, targets), theirs((h @ w.t()).mT, targets.view(2, 5)))
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="n_embd: 48, expected a multiple of n_head 5"):
+        CausalSelfAttention(48, 5)

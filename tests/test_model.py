@@ -1,0 +1,229 @@
+"""The models: dropout against the oracle, padding, checkpointing, arguments, errors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gpt1_kernels import (
+    GPT1DoubleHeadsModel,
+    GPT1ForSequenceClassification,
+    GPT1LMHeadModel,
+    GPT1Model,
+    reference,
+    use_backend,
+)
+from tests.cases import DEVICE
+from tests.models import T, V, config, randomised, tokens, with_dropout
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def relative(actual, expected):
+    return float((actual - expected).detach().norm() / expected.norm().clamp(min=1e-12))
+
+
+@pytest.mark.parametrize("row_offset", [0, 7 * T])
+@pytest.mark.parametrize("model_config", [config(), with_dropout()], ids=["plain", "dropout"])
+def test_language_model_against_the_oracle_in_fp64(model_config, row_offset):
+    model, ids = randomised(GPT1LMHeadModel(model_config)), tokens(3, T)
+    seeds = model.dropout_stream.seeds(5)
+    parameters = {
+        name.removeprefix("transformer."): p.detach().double().requires_grad_()
+        for name, p in model.named_parameters()
+    }
+    drops = seeds if model.transformer.drops else None
+    expected = reference.language_model_loss(parameters, model_config, ids, drops, row_offset)
+    expected.backward()
+    loss = model(ids, labels=ids, dropout_seeds=seeds, row_offset=row_offset).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in gradients(model).items():
+        assert relative(gradient, parameters[name.removeprefix("transformer.")].grad) < 1e-5, name
+
+
+def test_each_forward_in_training_draws_new_bits_and_evaluation_none():
+    model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(2, T)
+    losses = {model(ids, labels=ids).loss.item() for _ in range(3)}
+    assert len(losses) == 3
+    model.eval()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert int(model.dropout_stream.step) == 3
+
+
+def test_micro_batches_draw_what_the_whole_batch_draws():
+    model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(4, T)
+    seeds = model.dropout_stream.seeds(0)
+    with torch.no_grad():
+        whole = model(ids, dropout_seeds=seeds).logits
+        parts = [
+            model(ids[i : i + 2], dropout_seeds=seeds, row_offset=i * T).logits for i in (0, 2)
+        ]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_row19_checkpointing_changes_no_gradient(autocast):
+    model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(2, T)
+    seeds = model.dropout_stream.seeds(3)
+
+    def run():
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids, dropout_seeds=seeds).loss
+        loss.backward()
+        return loss, gradients(model)
+
+    loss, expected = run()
+    model.gradient_checkpointing_enable()
+    again, actual = run()
+    assert torch.equal(loss, again)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_row08_padding_never_reaches_a_real_token(side):
+    model, ids = randomised(GPT1LMHeadModel(config())).eval(), tokens(2, T)
+    pad = 5
+    mask = torch.ones(2, T, dtype=torch.int64, device=DEVICE)
+    real = slice(pad, None) if side == "left" else slice(None, T - pad)
+    mask[1] = 0
+    mask[1, real] = 1
+    embeds = model.transformer.tokens_embed.weight[ids].detach()
+    poisoned = torch.where(mask[..., None] == 1, embeds, torch.nan)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(
+        inputs_embeds=poisoned.requires_grad_(), attention_mask=mask, position_ids=positions
+    ).logits
+    with torch.no_grad():
+        alone = model(ids[1:, real]).logits[0]
+    assert relative(out[1, real], alone) < 1e-5
+    out[mask == 1].sum().backward()
+    assert poisoned.grad[mask == 1].isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.transformer.h.parameters())
+
+
+def test_the_output_is_read_by_attribute_index_and_key():
+    model, ids = randomised(GPT1LMHeadModel(config())).eval(), tokens(1, 5)
+    out = model(ids, labels=ids)
+    assert out.loss is out[0] is out["loss"]
+    assert out[1] is out.logits
+    assert out[:2] == (out.loss, out.logits)
+    assert list(out) == ["loss", "logits"]
+    assert out.hidden_states is None
+    assert [type(x) for x in model(ids, labels=ids, return_dict=False)] == [torch.Tensor] * 2
+    with pytest.raises(AttributeError, match="has no 'logit'"):
+        _ = out.logit
+
+
+def test_logits_in_training_only_on_request():
+    model, ids = randomised(GPT1LMHeadModel(config())), tokens(1, 5)
+    assert model(ids, labels=ids).logits is None
+    assert model(ids, labels=ids, return_logits=True).logits.shape == (1, 5, V)
+    assert model(ids).logits.shape == (1, 5, V)
+    assert model.eval()(ids, labels=ids).logits.shape == (1, 5, V)
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(1, [4]), (3, [2, 3, 4]), ([0, 4], [0, 4])])
+def test_logits_to_keep(keep, expected):
+    model, ids = randomised(GPT1LMHeadModel(config())).eval(), tokens(2, 5)
+    keep = torch.tensor(keep, device=DEVICE) if isinstance(keep, list) else keep
+    kept = model(ids, logits_to_keep=keep).logits
+    torch.testing.assert_close(kept, model(ids).logits[:, expected])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input_ids": tokens(1, 33)}, ValueError, "33 positions, expected at most n_positions 32"),
+        ({"input_ids": tokens(1, 3), "output_attentions": True}, ValueError, "output_attentions"),
+        ({}, ValueError, "expected exactly one"),
+        (
+            {"input_ids": tokens(1, 3), "inputs_embeds": torch.zeros(1, 3, 48, device=DEVICE)},
+            ValueError,
+            "expected exactly one",
+        ),
+    ],
+    ids=["too-long", "attentions", "no-input", "two-inputs"],
+)
+def test_arguments_that_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        randomised(GPT1LMHeadModel(config()))(**arguments)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU reports these later")
+def test_ids_and_masks_that_are_refused_at_once():
+    model = randomised(GPT1LMHeadModel(config()))
+    with pytest.raises(IndexError, match=rf"id {V} is out of range \[0, {V}\)"):
+        model(torch.tensor([[1, V]]))
+    with pytest.raises(IndexError, match=r"linear_cross_entropy: id -5 is out of range"):
+        model(tokens(1, 3), labels=torch.tensor([[1, 2, -5]]))
+    with pytest.raises(ValueError, match="row 1 has a hole"):
+        model(tokens(2, 3), attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]]))
+
+
+def test_a_batch_without_a_pad_token_is_refused():
+    model = randomised(GPT1ForSequenceClassification(config()))
+    assert model(tokens(1, 5)).logits.shape == (1, 2)
+    with pytest.raises(ValueError, match="pad_token_id: None in the configuration"):
+        model(tokens(2, 5))
+
+
+def test_double_heads_read_the_last_token_by_default():
+    model, ids = randomised(GPT1DoubleHeadsModel(config())).eval(), tokens(2, 3, T)
+    last = torch.full((2, 3), T - 1, device=DEVICE)
+    torch.testing.assert_close(model(ids).mc_logits, model(ids, mc_token_ids=last).mc_logits)
+
+
+def test_the_classifier_drops_by_its_own_site():
+    model = randomised(GPT1DoubleHeadsModel(config(summary_first_dropout=0.5)))
+    ids, seeds = tokens(2, 3, T), model.dropout_stream.seeds(0)
+    one, again = (model(ids, dropout_seeds=seeds).mc_logits for _ in range(2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, model(ids, dropout_seeds=model.dropout_stream.seeds(1)).mc_logits)
+    assert not torch.equal(one, model.eval()(ids).mc_logits)
+
+
+@pytest.mark.parametrize("size", [V - 10, V + 10])
+def test_resized_embeddings_keep_the_old_rows(size):
+    model, ids = randomised(GPT1LMHeadModel(config())).eval(), tokens(1, 5) % (V - 10)
+    old, before = model.transformer.tokens_embed.weight.clone(), model(ids).logits
+    table = model.resize_token_embeddings(size)
+    kept = min(size, V)
+    assert table.weight is model.transformer.tokens_embed.weight
+    assert (model.config.vocab_size, table.num_embeddings) == (size, size)
+    assert torch.equal(table.weight[:kept], old[:kept])
+    after = model(ids).logits
+    assert after.shape[-1] == size
+    torch.testing.assert_close(after[..., :kept], before[..., :kept])
+
+
+def test_initial_weights_follow_the_paper():
+    model = GPT1Model(replace(config(), n_embd=192, initializer_range=0.02))
+    for name, p in model.named_parameters():
+        if p.dim() >= 2:
+            assert float(p.std()) == pytest.approx(0.02, rel=0.1), name
+        else:
+            assert torch.equal(p, torch.full_like(p, float("ln" in name and "weight" in name)))
+
+
+def test_a_layer_runs_the_kernels_of_the_chosen_backend(launches):
+    ids = tokens(2, T)
+    model = randomised(GPT1Model(with_dropout(n_layer=1)))
+    seeds = model.dropout_stream.seeds(0)
+    block = model.h[0]
+
+    def run():
+        h = model.tokens_embed.weight[ids].detach()
+        y = block.ln_1(h, 2 * h, seeds[2], x_bias=block.attn.c_proj.bias)
+        return y, torch.autograd.grad(y.square().sum(), list(block.ln_1.parameters()))
+
+    results = {}
+    for name in ("triton", "portable"):
+        with use_backend(name):
+            results[name] = run()
+    assert launches["triton", "layer_norm_bwd_kernel"] == 1
+    torch.testing.assert_close(results["triton"], results["portable"])

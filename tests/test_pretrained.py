@@ -1,0 +1,176 @@
+"""Model folders: what is accepted, what is refused, and under which name."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpt1_kernels import (
+    GPT1Config,
+    GPT1DoubleHeadsModel,
+    GPT1ForSequenceClassification,
+    GPT1LMHeadModel,
+    GPT1Model,
+)
+from tests.models import config, randomised, tokens
+
+TABLE = "transformer.tokens_embed.weight"
+CLASSES = [GPT1Model, GPT1LMHeadModel, GPT1DoubleHeadsModel, GPT1ForSequenceClassification]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    randomised(GPT1LMHeadModel(config())).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(folder, change):
+    state = load_file(folder / "model.safetensors")
+    save_file(change(state) or state, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_a_folder_gives_back_the_same_model(tmp_path, model_class):
+    model = randomised(model_class(config(extra={"hello": [1, 2]})))
+    model.save_pretrained(tmp_path / "new" / "folder")
+    opened = model_class.from_pretrained(tmp_path / "new" / "folder")
+    assert opened.config.extra["hello"] == [1, 2]
+    assert not opened.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name].to(value.device), value), name
+
+
+def test_the_tied_table_is_saved_once_under_the_name_of_the_input(folder):
+    state = load_file(folder / "model.safetensors")
+    assert TABLE in state
+    assert "lm_head.weight" not in state
+    assert not [name for name in state if "dropout" in name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: {k.removeprefix("transformer."): v for k, v in s.items()},
+        lambda s: {("lm_head.weight" if k == TABLE else k): v for k, v in s.items()},
+        lambda s: {**s, "lm_head.weight": s[TABLE].clone()},
+        lambda s: {**s, "transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32)},
+    ],
+    ids=["no-prefix", "table-as-head", "table-twice", "stale-mask"],
+)
+def test_names_that_other_releases_used(folder, change):
+    expected = GPT1LMHeadModel.from_pretrained(folder)
+    edit(folder, change)
+    opened, ids = GPT1LMHeadModel.from_pretrained(folder), tokens(1, 5).cpu()
+    assert torch.equal(opened(ids).logits, expected(ids).logits)
+
+
+def test_a_backbone_opens_in_a_model_with_a_head_of_its_own(folder):
+    model = GPT1ForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert model.score.weight.shape == (3, 48)
+    assert torch.equal(
+        model.transformer.tokens_embed.weight, load_file(folder / "model.safetensors")[TABLE]
+    )
+
+
+def without(name):
+    return lambda s: {k: v for k, v in s.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("transformer.h.1.ln_1.weight"), r"missing \['transformer.h.1.ln_1.weight'\]"),
+        (lambda s: {**s, "h.7.ln_1.weight": torch.ones(48)}, r"unexpected \['transformer.h.7"),
+        (
+            lambda s: {**s, TABLE: torch.ones(7, 48)},
+            rf"{TABLE}: shape \(7, 48\), expected \(103, 48\)",
+        ),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+def test_tensors_that_do_not_fit_are_named(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(ValueError, match=message):
+        GPT1LMHeadModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+def test_a_missing_file_is_named(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        GPT1LMHeadModel.from_pretrained(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle was executed",))
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "header"])
+def test_row28_a_damaged_file_is_refused_and_nothing_executed(folder, damage):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(
+        {
+            "cut": whole[: len(whole) // 2],
+            "pickle": pickle.dumps(Bomb()),
+            "header": (2**60).to_bytes(8, "little") + whole[8:],
+        }[damage]
+    )
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole"):
+        GPT1LMHeadModel.from_pretrained(folder)
+
+
+def test_row28_a_damaged_configuration_is_refused_by_name(folder):
+    (folder / "config.json").write_text('{"n_embd": 48,')
+    with pytest.raises(ValueError, match=r"config\.json"):
+        GPT1LMHeadModel.from_pretrained(folder)
+
+
+def test_an_activation_of_another_kind_is_refused(folder):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "afn": "relu"}))
+    with pytest.raises(ValueError, match="afn: 'relu', expected 'gelu'"):
+        GPT1LMHeadModel.from_pretrained(folder)
+
+
+def test_the_paper_is_the_default_configuration():
+    c = GPT1Config.preset("gpt1")
+    assert c == GPT1Config()
+    assert (c.vocab_size, c.n_positions, c.n_embd, c.n_layer, c.n_head) == (40478, 512, 768, 12, 12)
+    with torch.device("meta"):
+        model = GPT1LMHeadModel(c)
+    assert sum(p.numel() for p in model.parameters()) == 116_534_784
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_embd": 50, "n_head": 4}, "n_embd: 50, expected a multiple of n_head 4"),
+        ({"vocab_size": 0}, "vocab_size: 0, expected at least 1"),
+        ({"n_layer": -1}, "n_layer: -1, expected at least 0"),
+        ({"attn_pdrop": 1.5}, r"attn_pdrop: 1.5, expected a probability"),
+        ({"afn": "swish"}, "afn: 'swish'"),
+    ],
+)
+def test_configurations_that_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        GPT1Config(**values)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="preset: 'gpt5', expected one of gpt1, mini"):
+        GPT1Config.preset("gpt5")
+
+
+def test_a_configuration_survives_its_dictionary():
+    values = {**config().to_dict(), "afn": "gelu", "n_special": 0, "id2label": {"0": "a", "1": "b"}}
+    del values["num_labels"]
+    c = GPT1Config.from_dict(values)
+    assert c.num_labels == 2
+    assert c.extra["n_special"] == 0
+    assert GPT1Config.from_dict(c.to_dict()) == c
+    with pytest.raises(AttributeError):
+        c.n_embd = 3
