@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 
 import torch
 from torch import Tensor
@@ -32,6 +32,20 @@ BACKENDS = ("triton", "portable")
 
 launches: Counter[tuple[str, str]] = Counter()
 """How often each kernel was launched, by (backend, kernel); tests assert on it."""
+
+
+def _constant(function: Callable) -> Callable:
+    """Caches the function, and makes its results constants to torch.compile."""
+    cached = cache(function)
+
+    @wraps(function)
+    def constant(*args):
+        return cached(*args)
+
+    # This is what torch.compiler.assume_constant_result does, without importing the compiler (1 s).
+    constant._dynamo_marked_constant = True
+    return constant
+
 
 _logger = logging.getLogger("gpt1_kernels")
 _forced: list[str] = []
@@ -92,7 +106,7 @@ def count_launch(backend: str, kernel_name: str) -> None:
     launches[backend, kernel_name] += 1
 
 
-@cache
+@_constant
 def unavailable_reason(backend: str, op: str, device: str) -> str | None:
     """Why a backend cannot serve an op on a device type, or None if it can."""
     if backend == "portable":
@@ -103,7 +117,7 @@ def unavailable_reason(backend: str, op: str, device: str) -> str | None:
     return package.unavailable_reason(device)
 
 
-@cache
+@_constant
 def automatic_choice(op: str, device: str) -> str:
     """The first backend that can serve an op on a device type; a GPU's fallback is logged once."""
     if device != "cuda":
@@ -116,7 +130,7 @@ def automatic_choice(op: str, device: str) -> str:
     raise AssertionError("portable serves every op")
 
 
-@cache
+@_constant
 def _environment_choice() -> str | None:
     name = os.environ.get("GPT1_KERNELS_BACKEND", "auto")
     return None if name == "auto" else _known(name)

@@ -226,7 +226,8 @@ def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_t
     N, C = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(y) if save_total else x.new_empty(0)
-    mean, rstd = x.new_empty(2, N, dtype=torch.float32).unbind()
+    mean = x.new_empty(N, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     if N > 0:
         tiles = row_tiles(C, elements_per_thread=16)
         programs = resident_programs(triton.cdiv(N, tiles.BLOCK_N), 8, x.device)

@@ -1,0 +1,130 @@
+"""torch.compile and the fakes behind it: rows 21 and 22 of the edge cases."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt1_kernels import GPT1LMHeadModel, ops, use_backend
+from tests.cases import DEVICE, PARITY, SEED, cast, on_backends, results, upstream
+from tests.models import T, config, randomised, tokens, with_dropout
+
+SMALL_CASES = [
+    next(case for case in PARITY if case.name.startswith(prefix))
+    for prefix in (
+        "layer_norm-columns",
+        "dropout_add_layer_norm-no-bias",
+        "dropout_add_layer_norm-no-dropout",
+        "causal_attention-dropout",
+        "causal_attention-left-padding",
+        "causal_attention_qkvpacked-dropout",
+        "gelu_ffn-bias",
+        "gelu_ffn-bias-left-out",
+        "embedding-types",
+        "linear_cross_entropy-token-weight",
+        "linear_cross_entropy-none",
+    )
+]
+
+
+class LowLevelCalls(TorchDispatchMode):
+    """Collects the calls of the library's own low-level ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "gpt1_kernels":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@on_backends(SMALL_CASES)
+def test_row21_opcheck(case, backend):
+    """Schemas are true, and fakes give the shapes, dtypes and strides of the real outputs."""
+    collected = LowLevelCalls()
+    with use_backend(backend):
+        inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+        with collected:
+            out = case.fused(**leaves)
+            out.backward(dout.to(out.dtype))
+    assert {function._schema.name.rsplit("_", 1)[-1] for function, _ in collected.calls} >= {"fwd"}
+    for function, args in collected.calls:
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@on_backends(SMALL_CASES)
+def test_row21_fullgraph(case, backend):
+    """`backend="aot_eager"` traces forward and backward without generating code."""
+    inputs, dout = cast(case, torch.float32, torch.float32), upstream(case, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda **leaves: case.fused(**leaves), fullgraph=True, backend="aot_eager"
+    )
+    with use_backend(backend):
+        expected, actual = (results(f, inputs, dout) for f in (case.fused, compiled))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("model_config", [config(), with_dropout()], ids=["plain", "dropout"])
+def test_row21_the_model_compiles_without_a_break(model_config):
+    model, ids = randomised(GPT1LMHeadModel(model_config)), tokens(2, T)
+    seeds = model.dropout_stream.seeds(0)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    losses, gradients = [], []
+    for forward in (model, compiled):
+        model.zero_grad()
+        loss = forward(ids, labels=ids, dropout_seeds=seeds).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
+def test_row22_changing_lengths_compile_once_a_class():
+    """The classes: the first length, any length, and any length whose keep bits fit one word."""
+    w = torch.randn(16, device=DEVICE)
+    qkv = torch.randn(2, 40, 48, device=DEVICE)
+
+    def call(x, row_offset):
+        seed = SEED
+        y = ops.causal_attention_qkvpacked(x, 2, dropout_p=0.1, seed=seed, row_offset=row_offset)
+        return ops.dropout_add_layer_norm(y, y, w, w, 1e-5, 0.1, seed, row_offset=row_offset)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for length in (40, 33, 17, 16, 9, 21, 30, 35, 39):
+        x = qkv[:, :length]
+        assert torch.equal(compiled(x, 2 * length), call(x, 2 * length))
+    assert counter.frame_count == 3
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
+def test_row22_triton_compiles_nothing_for_a_new_length():
+    from gpt1_kernels.backends.triton import layer_norm as kernels
+
+    w = torch.randn(48, device=DEVICE)
+
+    def run(rows):
+        x = torch.randn(rows, 48, device=DEVICE, requires_grad=True)
+        call = partial(ops.dropout_add_layer_norm, x, x, w, w, 1e-5, 0.1, SEED)
+        with use_backend("triton"):
+            call(row_offset=rows).sum().backward()
+
+    def compiled():
+        functions = (kernels.layer_norm_fwd_kernel, kernels.layer_norm_bwd_kernel)
+        return [len(cache) for f in functions for cache, *_ in f.device_caches.values()]
+
+    run(64)
+    before = compiled()
+    for rows in (1, 16, 17, 33, 100, 1000, 4096):
+        run(rows)
+    assert compiled() == before
