@@ -1,7 +1,7 @@
-"""Makes Triton's interpreter round fp32 to bf16 as a GPU does: to nearest, ties to even.
+"""Makes bf16 in Triton's interpreter what it is on a GPU; imported only where that is on.
 
-Upstream truncates (`_convert_float`, up to 3.9 at least), which loses twice as much. Only imported
-where the interpreter is on.
+Upstream (up to 3.9 at least) truncates fp32 to bf16, which loses twice as much as rounding, and
+multiplies the bit patterns of bf16 operands in `tl.dot` as if they were integers.
 """
 
 from __future__ import annotations
@@ -9,16 +9,31 @@ from __future__ import annotations
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-_upstream = interpreter._convert_float
+_upstream_convert = interpreter._convert_float
+_upstream_dot = InterpreterBuilder.create_dot
 
 
 def _convert_float(data, input_dtype, output_dtype, rounding_mode):
     if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
-        return _upstream(data, input_dtype, output_dtype, rounding_mode)
+        return _upstream_convert(data, input_dtype, output_dtype, rounding_mode)
     bits = data.view(np.uint32)
-    rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
-    return np.where(np.isnan(data), 0x7FFF, rounded).astype(np.uint16)
+    to_nearest_even = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    return np.where(np.isnan(data), 0x7FFF, to_nearest_even).astype(np.uint16)
+
+
+def _create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
+    a, b = _widened(a), _widened(b)
+    return _upstream_dot(builder, a, b, d, input_precision, max_num_imprecise_acc)
+
+
+def _widened(operand: TensorHandle) -> TensorHandle:
+    """The operand in fp32, which holds every bf16 value and every product of two."""
+    if operand.get_element_ty() != tl.bfloat16:
+        return operand
+    return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 interpreter._convert_float = _convert_float
+InterpreterBuilder.create_dot = _create_dot
