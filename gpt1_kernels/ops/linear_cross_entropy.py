@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends import resolve
+from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.ops._library import (
     autocast,
     check_activation,
     check_device,
     check_dtype,
     check_shape,
-    check_weight,
     define,
     last_contiguous,
     once,
@@ -68,8 +68,10 @@ _scale_gradients = define(
 class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, token_weight, ignore_index, mean, backend):
+        # Cast here and not in sight of autograd, so that the fp32 sum of dw is rounded only once.
+        product_w = w.to(h.dtype).contiguous()
         losses, _, dh, dw = _fwd(
-            h, w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2], backend
+            h, product_w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2], backend
         )
         loss = losses.sum()
         scale = torch.ones_like(loss)
@@ -121,7 +123,7 @@ def linear_cross_entropy(
 
     Args:
         h: (..., C), fp32, bf16 or fp16.
-        w: (V, C), the dtype of h.
+        w: (V, C), the dtype of h; under autocast any of the three.
         targets: (...), int64 in [0, V) or ignore_index.
         reduction: "mean" (over tokens not ignored, or by their weights), "sum" or "none".
         token_weight: (...), fp32; multiplies each token's loss; has no gradient itself.
@@ -135,11 +137,14 @@ def linear_cross_entropy(
         ValueError: shapes that do not fit, tensors on two devices, an unknown reduction.
     """
     op = "linear_cross_entropy"
-    h, w = autocast(h, w)
+    (h,) = autocast(h)
     check_activation(op, "h", h)
     if h.dim() == 0:
         raise ValueError(f"{op}: h has shape (), expected (..., C)")
-    check_weight(op, "w", w, h, ("V", h.shape[-1]))
+    autocasting = torch.is_autocast_enabled(h.device.type)
+    check_dtype(op, "w", w, ACTIVATION_DTYPES if autocasting else (h.dtype,))
+    check_shape(op, "w", w, ("V", h.shape[-1]))
+    check_device(op, "w", w, h)
     check_dtype(op, "targets", targets, (torch.int64,))
     check_shape(op, "targets", targets, h.shape[:-1])
     check_device(op, "targets", targets, h)
@@ -154,7 +159,8 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: reduction is {reduction!r}, expected one of {REDUCTIONS}")
     backend = resolve(op, h)
     rows = last_contiguous(h.reshape(-1, h.shape[-1]))
-    arguments = rows, w.contiguous(), targets.reshape(-1), token_weight, ignore_index
+    arguments = targets.reshape(-1), token_weight, ignore_index
     if reduction == "none":
-        return _TokenLosses.apply(*arguments, backend).view(targets.shape)
-    return _ReducedLoss.apply(*arguments, reduction == "mean", backend)
+        product_w = w.to(h.dtype).contiguous()
+        return _TokenLosses.apply(rows, product_w, *arguments, backend).view(targets.shape)
+    return _ReducedLoss.apply(rows, w, *arguments, reduction == "mean", backend)

@@ -1,4 +1,4 @@
-"""Linear + cross-entropy by chunks of rows: logits, loss and gradients share one buffer."""
+"""Linear + cross-entropy by chunks of rows: logits and their gradient share one buffer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gpt1_kernels.backends.portable.ids import check_ids, nan_where_invalid
 
-CHUNK_BYTES = 96 * 2**20  # of fp32 logits
+CHUNK_BYTES = 96 * 2**20  # of logits: few chunks, since each adds to the whole of dW
+BLOCK_ELEMENTS = 2**20  # of a chunk, whose fp32 copy stays in a CPU's cache
 
 
 def linear_cross_entropy_fwd(
@@ -21,24 +22,17 @@ def linear_cross_entropy_fwd(
     gradients: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     valid = check_ids("linear_cross_entropy", targets, w.shape[0], ignore_index)
-    safe, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
+    target, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
     losses, lse = torch.empty_like(weight), torch.empty_like(weight)
     dtype, (h, w) = h.dtype, _for_products(h, w)
-    dh = torch.empty_like(h) if gradients[0] else h.new_empty(0)
-    dw = w.new_zeros(w.shape if gradients[1] else 0, dtype=torch.float32)
-    for rows in _chunks(h, w):
-        target = safe[rows, None]
-        logits = (h[rows] @ w.t()).float()  # (rows, V)
-        target_logit, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
-        p = torch.softmax(logits, 1, out=logits)
-        log_largest_p = p.amax(1, keepdim=True).log_()
-        others = _without_target(p, target)
-        loss = largest - target_logit - log_largest_p
-        # Of a confident token, −log p has no digits left, but the others' probability has.
-        loss = torch.where(others < 0.5, -torch.log1p(-others), loss)
-        losses[rows] = loss.squeeze(1) * weight[rows]
-        lse[rows] = (largest - log_largest_p).squeeze(1)
-        _gradients(p, others, target, weight[rows], h, w, rows, dh, dw, gradients)
+    dh, dw = _empty_gradients(h, w, gradients)
+    for rows, logits in _chunks(h, w):
+        for block in _blocks(logits):
+            index = slice(rows.start + block.start, rows.start + block.stop)
+            losses[index], lse[index] = _losses(
+                logits[block], target[index, None], weight[index, None], any(gradients)
+            )
+        _products(logits, h, w, rows, dh, dw, gradients)
     return nan_where_invalid(losses, valid), lse, dh.to(dtype), dw
 
 
@@ -53,17 +47,15 @@ def linear_cross_entropy_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     valid = check_ids("linear_cross_entropy", targets, w.shape[0], ignore_index)
-    safe, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
+    target, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
     weight = torch.where(weight == 0, 0, weight * dloss)
     dtype, (h, w) = h.dtype, _for_products(h, w)
-    dh = torch.empty_like(h) if needs[0] else h.new_empty(0)
-    dw = w.new_zeros(w.shape if needs[1] else 0, dtype=torch.float32)
-    for rows in _chunks(h, w):
-        logits = (h[rows] @ w.t()).float()
-        p = torch.softmax(logits, 1, out=logits)
-        target = safe[rows, None]
-        others = _without_target(p, target)
-        _gradients(p, others, target, weight[rows], h, w, rows, dh, dw, needs)
+    dh, dw = _empty_gradients(h, w, needs)
+    for rows, logits in _chunks(h, w):
+        for block in _blocks(logits):
+            index = slice(rows.start + block.start, rows.start + block.stop)
+            _losses(logits[block], target[index, None], weight[index, None], True)
+        _products(logits, h, w, rows, dh, dw, needs)
     return dh.to(dtype), dw.to(dtype)
 
 
@@ -73,28 +65,52 @@ def scale_gradients(
     return (dh.float() * scale).to(dh.dtype), (dw * scale).to(dtype)
 
 
+def _losses(
+    logits: Tensor,  # (rows, V)
+    target: Tensor,  # (rows, 1)
+    weight: Tensor,  # (rows, 1)
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weighted losses and log-sum-exps, (rows,); leaves the gradient in place of the logits."""
+    x = logits.float()
+    target_logit, largest = x.gather(1, target), x.amax(1, keepdim=True)
+    p = torch.softmax(x, 1, out=x)
+    log_largest_p = p.amax(1, keepdim=True).log_()
+    others = p.scatter_(1, target, 0).sum(1, keepdim=True)
+    loss = largest - target_logit - log_largest_p
+    # Of a confident token, −log p has no digits left, but the others' probability has.
+    loss = torch.where(others < 0.5, -torch.log1p(-others), loss)
+    if gradient:
+        torch.mul(p.scatter_(1, target, -others), weight, out=p)
+        logits.copy_(p)
+    return (loss * weight).squeeze(1), (largest - log_largest_p).squeeze(1)
+
+
+def _products(logits, h, w, rows, dh, dw, needs) -> None:
+    """Adds what a chunk's gradient, in place of its logits, gives to dh and dw."""
+    if needs[0]:
+        torch.mm(logits, w, out=dh[rows])
+    if not needs[1]:
+        return
+    if h.dtype == torch.float32:
+        dw.addmm_(logits.t(), h[rows], beta=float(rows.start > 0))
+    elif rows.start == 0:
+        dw.copy_(logits.t() @ h[rows])
+    else:
+        dw += logits.t() @ h[rows]
+
+
+def _empty_gradients(h: Tensor, w: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    new_dw = w.new_empty if h.shape[0] > 0 else w.new_zeros  # without rows no chunk fills it
+    return (
+        torch.empty_like(h) if needs[0] else h.new_empty(0),
+        new_dw(w.shape if needs[1] else [0], dtype=torch.float32),
+    )
+
+
 def _for_products(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Without fp16, whose range is too small for unscaled gradients."""
     return (h.float(), w.float()) if h.dtype == torch.float16 else (h, w)
-
-
-def _without_target(p: Tensor, target: Tensor) -> Tensor:
-    """Clears the target's probability in p (rows, V) and returns the others' sum, (rows, 1)."""
-    return p.scatter_(1, target, 0).sum(1, keepdim=True)
-
-
-def _gradients(p, others, target, weight, h, w, rows, dh, dw, needs) -> None:
-    """Turns probabilities (rows, V) into dlogits in place, and adds what they give to dh and dw."""
-    if not any(needs):
-        return
-    dlogits = p.scatter_(1, target, -others).mul_(weight[:, None]).to(h.dtype)
-    if needs[0]:
-        torch.mm(dlogits, w, out=dh[rows])
-    if needs[1]:
-        if h.dtype == torch.float32:
-            dw.addmm_(dlogits.t(), h[rows])
-        else:
-            dw += dlogits.t() @ h[rows]
 
 
 def _targets_and_weights(
@@ -110,6 +126,16 @@ def _targets_and_weights(
     return torch.where(counted, targets, 0), weight
 
 
-def _chunks(h: Tensor, w: Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK_BYTES // (4 * w.shape[0]))
-    return (slice(start, start + rows) for start in range(0, h.shape[0], rows))
+def _chunks(h: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows with their logits, each in the memory of the one before."""
+    count = max(1, CHUNK_BYTES // (h.element_size() * w.shape[0]))
+    buffer = h.new_empty(min(count, h.shape[0]), w.shape[0])
+    for start in range(0, h.shape[0], count):
+        rows = slice(start, min(start + count, h.shape[0]))
+        logits = buffer[: rows.stop - rows.start]
+        yield rows, torch.mm(h[rows], w.t(), out=logits)
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    rows, count = logits.shape[0], max(1, BLOCK_ELEMENTS // logits.shape[1])
+    return (slice(start, min(start + count, rows)) for start in range(0, rows, count))
