@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
+
+from training.tokenizer import Tokenizer
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def sample(
     """The prompt and its continuation, drawn from the top_k likeliest tokens at a temperature."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
+    ids = torch.tensor([tokenizer.encode(prompt).tolist()], device=device)
     model.eval()
     for _ in range(new_tokens):
         window = ids[:, -model.config.n_positions :]
