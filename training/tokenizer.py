@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -32,6 +33,9 @@ Style = Literal["hf", "openai"]
 
 UNKNOWN, END_OF_WORD, NEWLINE = "<unk>", "</w>", "\n</w>"
 FILES = (("encoder_bpe_40000.json", "vocab_40000.bpe"), ("vocab.json", "merges.txt"))
+NORMALIZER = normalizers.BertNormalizer(lowercase=True)
+PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
+MOST_REPEATS = 2**16
 MOST_CHUNKS = 2**19  # whose ids are remembered, in some 150 MB
 
 DASHES_AND_MARKS = str.maketrans(
@@ -61,14 +65,13 @@ class Tokenizer:
             pipeline: as `_pipeline` builds it.
 
         Raises:
-            ImportError: style `openai` without spaCy.
+            ImportError: style openai without spaCy.
+            ValueError: no such style.
         """
-        if style not in ("hf", "openai"):
-            raise ValueError(f"style: {style}, expected hf or openai")
         self.style = style
         self._pipeline = pipeline
         self._bpe = tokenizers.Tokenizer(pipeline.model)  # of words that are words already
-        self._words = _spacy_words() if style == "openai" else None
+        self._words = _words(style)
         self._ids: dict[str, list[int]] = {}
 
     @classmethod
@@ -110,7 +113,9 @@ class Tokenizer:
         style: Style = "hf",
         at_most: bool = False,
     ) -> Tokenizer:
-        """Counts the words of the texts, one at a time, and learns the merges.
+        """Counts the words of the texts, one text at a time, and learns the merges.
+
+        The same texts always give the same vocabulary.
 
         Args:
             vocab_size: number of entries: `<unk>` (id 0), the texts' characters, the merges and, in
@@ -120,24 +125,28 @@ class Tokenizer:
         Raises:
             ValueError: the texts cannot support so many entries, or have more characters than that.
         """
-        texts = map(ftfy.fix_text, tqdm(texts, desc="counting words", unit="text", delay=1))
-        extra = []
-        counter = _pipeline({UNKNOWN: 0}, [])
-        if style == "openai":
-            words, extra = _spacy_words(), [NEWLINE]
-            texts = (" ".join(words([_standardise(text)])[0]) for text in texts)
-            counter.normalizer, counter.pre_tokenizer = None, pre_tokenizers.WhitespaceSplit()
-        counter.train_from_iterator(
-            texts,
+        words, newline = _words(style), [NEWLINE] if style == "openai" else []
+        counts, chunks = Counter(), Counter()
+        for text in tqdm(texts, desc="counting words", unit="text", delay=1, leave=False):
+            chunks.update(_chunks(ftfy.fix_text(text), style))
+            if len(chunks) > MOST_CHUNKS:
+                _add(counts, chunks, words)
+        _add(counts, chunks, words)
+        # Given in order, as the trainer's own order of them, and so its merges, vary between runs.
+        endings = sorted({word[-1] + END_OF_WORD for word in counts})
+        learner = tokenizers.Tokenizer(models.BPE())
+        learner.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
+        learner.train_from_iterator(
+            _repeated(counts),
             trainers.BpeTrainer(
-                vocab_size=max(vocab_size - len(extra), 0),
-                special_tokens=[UNKNOWN],
+                vocab_size=max(vocab_size - len(newline), 0),
+                special_tokens=[UNKNOWN, *endings],
                 end_of_word_suffix=END_OF_WORD,
                 show_progress=False,
             ),
         )
-        model = _model(counter)
-        vocab = model["vocab"] | {entry: len(model["vocab"]) for entry in extra}
+        model = _model(learner)
+        vocab = model["vocab"] | {entry: len(model["vocab"]) for entry in newline}
         size, merges = len(vocab), len(model["merges"])
         if size > vocab_size:
             raise ValueError(
@@ -207,12 +216,11 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def _encode_fixed(self, text: str) -> np.ndarray:
-        text = text.replace("\n", " ") if self.style == "hf" else _standardise(text)
-        chunks = text.split(" ")
+        chunks = _chunks(text, self.style)
         if len(self._ids) > MOST_CHUNKS:
             self._ids.clear()
         new = list(set(chunks) - self._ids.keys())
-        if self._words is None:
+        if self.style == "hf":  # which finds <unk> in a text too
             encodings = self._pipeline.encode_batch_fast(new, add_special_tokens=False)
         else:
             encodings = self._bpe.encode_batch_fast(self._words(new), is_pretokenized=True)
@@ -221,15 +229,23 @@ class Tokenizer:
         return np.fromiter(ids, dtype=self.dtype)
 
 
-def _standardise(text: str) -> str:
-    """The clean-up of the released code, up to spaces at the ends: a space around punctuation."""
-    text = text.translate(DASHES_AND_MARKS)
-    text = PUNCTUATION.sub(r" \g<0> ", text)
-    return SPACES.sub(" ", NEWLINES.sub(" \n ", text))
+def _chunks(text: str, style: Style) -> list[str]:
+    """What stands between spaces and newlines; in style openai newlines too, after the clean-up."""
+    if style == "hf":
+        text = text.replace("\n", " ")
+    else:
+        text = PUNCTUATION.sub(r" \g<0> ", text.translate(DASHES_AND_MARKS))
+        text = SPACES.sub(" ", NEWLINES.sub(" \n ", text))
+    return text.split(" ")
 
 
-def _spacy_words() -> Callable[[Sequence[str]], list[list[str]]]:
-    """A function from texts to their words, lower-cased."""
+def _words(style: Style) -> Callable[[Sequence[str]], list[list[str]]]:
+    """A function from chunks to the words of each, lower-cased."""
+    if style not in ("hf", "openai"):
+        raise ValueError(f"style: {style}, expected hf or openai")
+    if style == "hf":
+        normalise, split = NORMALIZER.normalize_str, PRE_TOKENIZER.pre_tokenize_str
+        return lambda chunks: [[word for word, _ in split(normalise(chunk))] for chunk in chunks]
     try:
         import spacy
     except ImportError:
@@ -238,11 +254,27 @@ def _spacy_words() -> Callable[[Sequence[str]], list[list[str]]]:
         ) from None
     language = spacy.blank("en")
 
-    def words(texts: Sequence[str]) -> list[list[str]]:
+    def words(chunks: Sequence[str]) -> list[list[str]]:
         with language.memory_zone():  # or it would remember every word that it has ever seen
-            return [[word.text.lower() for word in language.tokenizer(text)] for text in texts]
+            return [[word.text.lower() for word in language.tokenizer(chunk)] for chunk in chunks]
 
     return words
+
+
+def _add(counts: Counter, chunks: Counter, words: Callable) -> None:
+    """Moves the counts of chunks to those of their words."""
+    for found, count in zip(words(list(chunks)), chunks.values(), strict=True):
+        for word in found:
+            if word != "\n":
+                counts[word] += count
+    chunks.clear()
+
+
+def _repeated(counts: Counter) -> Iterator[str]:
+    """Every word as often as it was counted, since that is how a trainer is told."""
+    for word, count in counts.items():
+        for start in range(0, count, MOST_REPEATS):
+            yield f"{word} " * min(MOST_REPEATS, count - start)
 
 
 def _pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -256,8 +288,7 @@ def _pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizer
             end_of_word_suffix=END_OF_WORD,
         )
     )
-    pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
-    pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pipeline.normalizer, pipeline.pre_tokenizer = NORMALIZER, PRE_TOKENIZER
     pipeline.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
     pipeline.add_special_tokens([UNKNOWN])
     return pipeline
