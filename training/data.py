@@ -79,7 +79,7 @@ class Corpus:
                 digest.update(piece.encode("utf-8", "surrogatepass"))
             digest.update(b"\0")  # which no text holds
         if len(lengths) == 1:
-            self._cut = int(lengths[0] * (1 - VALIDATION_SHARE))
+            self._cut = lengths[0] - int(lengths[0] * VALIDATION_SHARE)
             lengths, held = [self._cut, lengths[0] - self._cut], np.array([False, True])
         else:
             held = split(lengths)
@@ -265,8 +265,7 @@ def _file_pieces(file: Path) -> Iterator[str]:
             position += len(block)
             if empty:
                 rest = rest.lstrip()
-            if len(rest) >= PIECE:
-                cut = _last_paragraph(rest)
+            if len(rest) >= PIECE and (cut := _last_paragraph(rest)):
                 yield rest[:cut]
                 rest, empty = rest[cut:], False
     rest = (rest + _decoded(decoder, b"", position, file)).rstrip()
@@ -287,12 +286,15 @@ def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, position: int, fi
 
 
 def _last_paragraph(text: str) -> int:
-    """Where the last paragraph of a text starts, or else its last line or word; or its end."""
+    """Where the last paragraph starts, or else the last line or word; the end of a single word.
+
+    0 for a word with white space behind it: the next word is to come.
+    """
     body = text.rstrip()
     for mark in ("\n\n", "\n", " "):
         if (gap := body.rfind(mark)) > 0:
             return len(body) - len(body[gap:].lstrip())
-    return len(text)
+    return len(text) if body == text else 0
 
 
 def _between(pieces: Iterator[str], start: int, stop: int | None) -> Iterator[str]:

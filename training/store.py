@@ -9,13 +9,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from training.data import Part
 from training.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from training.data import Part
 
 TOKENS, BOUNDS, DESCRIPTION = "tokens.bin", "documents.bin", "store.json"
 BOUND = np.dtype("<i8")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import OpenAIGPTTokenizer
+from transformers import AutoTokenizer, OpenAIGPTTokenizer
 
 from training import tokenizer as module
 from training.tokenizer import Tokenizer
@@ -84,11 +84,11 @@ def either(request) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def transformers_hf(hf, tmp_path_factory) -> OpenAIGPTTokenizer:
+def transformers_hf(hf, tmp_path_factory):
     """The tokenizer of fixture hf, as transformers opens it from its folder."""
     folder = tmp_path_factory.mktemp("hf")
     hf.save(folder)
-    return OpenAIGPTTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 class Released:
@@ -182,8 +182,9 @@ def test_openai_is_the_released_code_on_books(name, openai_vocabulary):
 
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD)
 def test_hf_is_transformers_on_odd_text(text, hf, transformers_hf):
-    expected = transformers_hf(ftfy.fix_text(text))["input_ids"]
-    assert hf.encode(text).tolist() == expected
+    ids = hf.encode(text).tolist()
+    assert ids == transformers_hf(ftfy.fix_text(text))["input_ids"]
+    assert hf.decode(ids) == transformers_hf.decode(ids)
 
 
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD)
@@ -296,7 +297,28 @@ def test_training_gives_the_vocabulary_asked_for_twice_the_same(style, size):
     assert 0 not in first.encode(TEXT)
 
 
-def test_training_says_what_a_text_supports():
+@pytest.mark.parametrize("style", ["hf", "openai"])
+def test_a_character_has_an_entry_for_where_it_stands(style, tmp_path):
+    if style == "openai":
+        pytest.importorskip("spacy")
+    Tokenizer.train(["Low lower\nLOWEST low"], 99, style=style, at_most=True).save(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    newline = ["\n</w>"] if style == "openai" else []
+    symbols = ["<unk>", "r</w>", "t</w>", "w</w>", *"elorstw"]
+    assert list(model["vocab"])[: len(symbols)] == symbols
+    assert model["merges"][0] == ["l", "o"]
+    merged = ["".join(pair) for pair in model["merges"]]
+    assert list(model["vocab"])[len(symbols) :] == merged + newline
+    assert {"low</w>", "lower</w>", "lowest</w>"} < set(merged)
+
+
+def test_mojibake_is_mended_before_learning():
+    whole = Tokenizer.train(["naïve"], 99, at_most=True)
+    broken = Tokenizer.train(["naïve".encode().decode("latin-1")], 99, at_most=True)
+    assert broken.fingerprint == whole.fingerprint
+
+
+def test_row31_training_says_what_a_text_supports():
     with pytest.raises(ValueError, match=r"--vocab-size: 5000, but the text supports only \d+"):
         Tokenizer.train([TEXT], 5000)
     assert Tokenizer.train([TEXT], 5000, at_most=True).vocab_size < 5000
@@ -345,6 +367,14 @@ def test_no_other_kind_of_tokenizer_passes_for_this_one(hf, tmp_path, keys, valu
 def test_a_path_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
         Tokenizer.open(tmp_path)
+
+
+def test_transformers_opens_a_folder_of_either_style(either, tmp_path):
+    either.save(tmp_path)
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(opened) is OpenAIGPTTokenizer
+    assert len(opened) == either.vocab_size
+    assert opened("the cats sat")["input_ids"] == either.encode("the cats sat").tolist()
 
 
 def test_an_unknown_style_is_named():
