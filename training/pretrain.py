@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from training.optim import make_optimizer, warmup_cosine
 from training.plots import plot_run
 from training.sample import sample
 from training.step import train_step
-from training.tokenizer import encode, train_tokenizer
+from training.store import tokenised
+from training.tokenizer import Tokenizer
 
 VALIDATION_WINDOWS = 256
 LOG_EVERY = 10
@@ -37,16 +39,20 @@ def main(config: PretrainConfig) -> None:
 
     model_config = GPT1Config.preset(config.preset)
     length = model_config.n_positions
-    train_text, validation_text = data.split(data.read_documents(config.data))
-    tokenizer = train_tokenizer(
-        train_text, config.vocab_size or model_config.vocab_size, at_most=config.vocab_size is None
+    corpus = data.Corpus(config.data)
+    tokenizer = Tokenizer.train(
+        chain.from_iterable(corpus.train),
+        config.vocab_size or model_config.vocab_size,
+        at_most=config.vocab_size is None,
     )
-    train, validation = encode(tokenizer, train_text), encode(tokenizer, validation_text)
-    data.require_window(train, validation, length, config.data)
+    validation_store = tokenised(corpus.validation, tokenizer)
+    train, validation = tokenised(corpus.train, tokenizer).tokens, validation_store.tokens
+    data.require_window(train, validation, length, corpus.name)
+    windows = data.Windows(train, length, config.batch_size, config.seed)
     held_out = data.spread_windows(validation, length, VALIDATION_WINDOWS)
     print(f"text: {len(train):,} tokens to train on, {len(validation):,} to validate on")
 
-    model_config = replace(model_config, vocab_size=tokenizer.get_vocab_size())
+    model_config = replace(model_config, vocab_size=tokenizer.vocab_size)
     model = GPT1LMHeadModel(model_config).to(config.device).train()
     model.dropout_stream.set_key(config.seed)
     step_model = torch.compile(model) if config.compile else model
@@ -62,7 +68,7 @@ def main(config: PretrainConfig) -> None:
     log = metrics.MetricsFile(out / "metrics.jsonl")
     peak = metrics.measured_peak(config.device, config.dtype)
     flops = metrics.flops_per_token(model_config)
-    prompt = tokenizer.decode(validation[:PROMPT_TOKENS].tolist())
+    prompt = tokenizer.decode(validation[:PROMPT_TOKENS])
 
     def validate(step: int) -> float:
         loss = metrics.mean_loss(model, held_out, config.batch_size, config.device, config.dtype)
@@ -78,7 +84,7 @@ def main(config: PretrainConfig) -> None:
         tokens, clock = 0, time.perf_counter()  # since the last line of the log
         for step in bar:
             rate = config.learning_rate * warmup_cosine(step, config.warmup, config.steps)
-            batch = data.random_windows(train, length, config.batch_size, config.seed, step)
+            batch = windows.batch(step)
             train_loss, norm = train_step(
                 step_model, model.dropout_stream, optimizer, to_device(batch, config.device), step,
                 rate, accumulate=config.accumulate, clip=config.clip, dtype=config.dtype,
@@ -103,14 +109,13 @@ def main(config: PretrainConfig) -> None:
                 tokens, clock = 0, time.perf_counter()
 
     model.save_pretrained(out / "model")
-    tokenizer.save(str(out / "model" / "tokenizer.json"))
+    tokenizer.save(out / "model")
     plot_run(log.path, out / "loss.png")
     counted = metrics.baselines(train, held_out.numpy(), model_config.vocab_size)
-    n_bytes = sum(len(text.encode()) for text in validation_text)
     print(
         f"validation perplexity {math.exp(loss):.2f}, unigram {counted.unigram:.2f}, bigram "
         f"{counted.bigram:.2f}, bits per byte "
-        f"{metrics.bits_per_byte(loss, len(validation), n_bytes):.3f}"
+        f"{metrics.bits_per_byte(loss, len(validation), validation_store.text_bytes):.3f}"
     )
 
 
@@ -142,5 +147,5 @@ def to_device(batch: torch.Tensor, device: str) -> torch.Tensor:
 if __name__ == "__main__":
     try:
         main(tyro.cli(PretrainConfig))
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
