@@ -31,7 +31,7 @@ def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     the smallest validates; a single document is cut, and its end validates.
     """
     if len(documents) == 1:
-        cut = int(len(documents[0]) * (1 - VALIDATION_SHARE))
+        cut = len(documents[0]) - int(len(documents[0]) * VALIDATION_SHARE)
         return [documents[0][:cut]], [documents[0][cut:]]
     room = VALIDATION_SHARE * sum(map(len, documents))
     held = set()

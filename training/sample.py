@@ -18,10 +18,13 @@ def sample(
     temperature: float = 0.8,
     top_k: int = 40,
 ) -> str:
-    """The prompt and its continuation, drawn from the top_k likeliest tokens at a temperature."""
+    """The prompt and its continuation, drawn from the top_k likeliest tokens at a temperature.
+
+    An empty prompt is taken as one unknown token.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
+    ids = torch.tensor([tokenizer.encode(prompt).ids or [0]], device=device)
     model.eval()
     for _ in range(new_tokens):
         window = ids[:, -model.config.n_positions :]
