@@ -85,8 +85,10 @@ def complete(config: PretrainConfig) -> PretrainConfig:
         dtype=config.dtype or _dtype(device),
     )
     _require(config, ("vocab_size", "eval_every"), lambda x: x is None or x >= 1, "at least 1")
-    _require(config, ("learning_rate", "clip"), lambda x: 0 < x < math.inf, "above 0")
-    _require(config, ("weight_decay",), lambda x: 0 <= x < math.inf, "at least 0")
+    _require(config, ("learning_rate", "clip"), lambda x: 0 < x < math.inf,
+             "above 0, and finite")  # fmt: skip
+    _require(config, ("weight_decay",), lambda x: 0 <= x < math.inf,
+             "at least 0, and finite")  # fmt: skip
     _require(config, ("warmup",), lambda x: 0 <= x <= config.steps, f"0 to --steps {config.steps}")
     _require(config, ("seed",), lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
     _require(config, ("accumulate",), lambda x: config.batch_size % x == 0,

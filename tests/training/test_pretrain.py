@@ -1,0 +1,158 @@
+"""The command, end to end: `python training/pretrain.py` from another working directory."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt1_kernels import GPT1LMHeadModel
+from training.pretrain import new_folder
+
+REPOSITORY = Path(__file__).parents[2]
+CLOCK = {"tokens_per_second", "flop_utilisation"}
+STEPS = 4
+
+
+def pretrain(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    # Kernels in Triton's interpreter would take minutes: here as a user would, without.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(REPOSITORY / "training" / "pretrain.py"), "--preset", "mini"]
+    return subprocess.run(
+        [*command, "--steps", str(STEPS), "--batch-size", "2", "--vocab-size", "200", *options],
+        cwd=folder, env={**environment, "PYTHONPATH": str(REPOSITORY)}, check=False,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with a corpus of invented words in 6 documents."""
+    folder, rng = tmp_path_factory.mktemp("pretrain"), random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(150)]
+    (folder / "corpus").mkdir()
+    for number in range(6):
+        lines = (" ".join(rng.choices(words, k=60)) for _ in range(8))
+        (folder / "corpus" / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> list[subprocess.CompletedProcess]:
+    """Two runs of one seed, into `first` and `second`."""
+    return [pretrain(folder, "--data", "corpus", "--out", out) for out in ("first", "second")]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_command_succeeds_and_ends_in_its_result(runs):
+    for run in runs:
+        assert run.returncode == 0, run.stderr
+        number = r"(\d+\.\d+)"
+        result = re.fullmatch(
+            f"validation perplexity {number}, unigram {number}, bigram {number}, "
+            f"bits per byte {number}",
+            run.stdout.splitlines()[-1],
+        )
+        model, unigram, bigram, bits = map(float, result.groups())
+        assert 1 < bigram < unigram < model < 300  # after 4 updates it knows less than counts do
+        assert 0 < bits < 8
+
+
+def test_the_folder_holds_what_a_run_leaves(runs, folder):
+    out = folder / "first"
+    assert {path.name for path in out.iterdir()} == {
+        "metrics.jsonl", "loss.png", "samples.txt", "config.json", "model",
+    }  # fmt: skip
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "samples.txt").read_text().count("validation loss") == STEPS + 1
+    config = json.loads((out / "config.json").read_text())
+    assert (config["preset"], config["steps"], config["out"]) == ("mini", STEPS, "first")
+
+
+def test_the_log_has_every_update_and_the_model_learns(runs, folder):
+    rows = metrics(folder / "first")
+    updates = [row for row in rows if "loss" in row]
+    validations = [row for row in rows if "validation_loss" in row]
+    assert [row["step"] for row in updates] == list(range(STEPS))
+    assert [row["step"] for row in validations] == list(range(STEPS + 1))
+    assert updates[0]["learning_rate"] == 0
+    assert validations[1] == {**validations[0], "step": 1}  # the first update has rate 0
+    assert validations[-1]["validation_loss"] < validations[0]["validation_loss"] - 0.05
+    assert all(row[key] > 0 for row in updates for key in (*CLOCK, "gradient_norm"))
+
+
+def test_two_runs_of_a_seed_are_equal_to_the_bit(runs, folder):
+    rows = [
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics(folder / name)]
+        for name in ("first", "second")
+    ]
+    assert rows[0] == rows[1]
+    for file in ("model/model.safetensors", "model/tokenizer.json", "samples.txt"):
+        assert (folder / "first" / file).read_bytes() == (folder / "second" / file).read_bytes()
+    assert len(load_file(folder / "first" / "model" / "model.safetensors")) > 40
+
+
+def test_the_model_opens_here_and_in_transformers_with_its_tokenizer(runs, folder):
+    transformers = pytest.importorskip("transformers")
+    ours = GPT1LMHeadModel.from_pretrained(folder / "first" / "model")
+    theirs = transformers.OpenAIGPTLMHeadModel.from_pretrained(folder / "first" / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "first" / "model")
+    text = (folder / "corpus" / "0.txt").read_text()[:200]
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert ids.max() < ours.config.vocab_size == 200
+    assert tokenizer.decode(ids[0]) == " ".join(text.split())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "gone"), "gone: no such file or folder"),
+        (("--data", "corpus", "--out", "corpus"), "--out: corpus is not empty"),
+    ],
+    ids=["data", "out"],
+)
+def test_a_mistake_is_one_line_of_error(folder, options, message):
+    run = pretrain(folder, *options)
+    assert run.returncode != 0
+    assert run.stderr.startswith(f"error: {message}")
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(FileExistsError, match=f"--out: {tmp_path} is not empty"):
+        new_folder(tmp_path)
+
+
+def test_a_file_or_a_folder_below_one_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(NotADirectoryError, match=f"--out: {file} is a file"):
+        new_folder(file)
+    with pytest.raises(NotADirectoryError, match=str(file)):
+        new_folder(file / "run")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):  # root may write anywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(PermissionError, match=f"--out: {tmp_path} cannot be written to"):
+        new_folder(tmp_path)
+
+
+def test_a_new_or_an_empty_folder_is_taken(tmp_path):
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        assert new_folder(folder) == folder
+        assert folder.is_dir()
