@@ -47,7 +47,7 @@ DASHES_AND_MARKS = str.maketrans(
         "\N{ACUTE ACCENT}": "'",
     }
 )
-# Without the backslash: the released pattern lists it, but unescaped once too often to match it.
+# No backslash: in the released pattern, not a raw string, it turned into a second plus sign.
 PUNCTUATION = re.compile(r"-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|/+|\*+|\[+|\]+|\}+|\{+|\|+|_+")
 NEWLINES, SPACES = re.compile(r"\s*\n\s*"), re.compile(r"[^\S\n]+")
 
