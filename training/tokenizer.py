@@ -47,7 +47,7 @@ DASHES_AND_MARKS = str.maketrans(
         "\N{ACUTE ACCENT}": "'",
     }
 )
-# Without the backslash: the released pattern lists it, but unescaped once too often to match it.
+# No backslash: in the released pattern, not a raw string, it turned into a second plus sign.
 PUNCTUATION = re.compile(r"-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|/+|\*+|\[+|\]+|\}+|\{+|\|+|_+")
 NEWLINES, SPACES = re.compile(r"\s*\n\s*"), re.compile(r"[^\S\n]+")
 
@@ -219,7 +219,7 @@ class Tokenizer:
         chunks = _chunks(text, self.style)
         if len(self._ids) > MOST_CHUNKS:
             self._ids.clear()
-        new = list(set(chunks) - self._ids.keys())
+        new = [chunk for chunk in set(chunks) if chunk not in self._ids]
         if self.style == "hf":  # which finds <unk> in a text too
             encodings = self._pipeline.encode_batch_fast(new, add_special_tokens=False)
         else:
