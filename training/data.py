@@ -176,6 +176,11 @@ class Windows:
         """Epoch, and index in it, of the first window of update `step`."""
         return divmod(step * self.batch_size, self.per_epoch)
 
+    def describe(self, step: int) -> str:
+        """Which windows update `step` reads, for messages."""
+        epoch, index = self.position(step)
+        return f"{self.batch_size} windows from number {index} of epoch {epoch}"
+
     def batch(self, step: int) -> Tensor:
         """The windows of update `step`: int64 (batch_size, length)."""
         numbers = step * self.batch_size + np.arange(self.batch_size)

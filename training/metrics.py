@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
@@ -19,15 +20,42 @@ from training.step import autocast
 KNESER_NEY_DISCOUNT = 0.75
 
 
-class MetricsFile:
-    """Appends one JSON object a line."""
+class MetricsLog:
+    """Appends one JSON object a line to `metrics.jsonl`, and to TensorBoard where it is installed.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        folder: of the run.
+        first_step: TensorBoard forgets what an interrupted run logged from here on.
+    """
 
-    def write(self, **values: float) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+    def __init__(self, folder: Path, first_step: int = 0):
+        self.path = folder / "metrics.jsonl"
+        self._board = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, **values: float) -> None:
+        """Logs values by name; what is not finite is null, as JSON has it."""
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        append(self.path, json.dumps({"step": step, **finite}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+
+def append(path: Path, text: str) -> None:
+    """Appends to a file.
+
+    Raises:
+        OSError: it cannot be written; names it, also where the disk is full.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @torch.no_grad()

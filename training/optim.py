@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(
@@ -25,3 +28,33 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Both moments of every parameter, as `exp_avg.<name>` and so on, and AdamW's own `step`."""
+    states = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
+    tensors = {f"{m}.{name}": state[m] for name, state in states.items() for m in MOMENTS}
+    if states:
+        tensors["step"] = next(iter(states.values()))["step"]
+    return tensors
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Undoes `optimizer_tensors`.
+
+    Raises:
+        ValueError: a moment is missing or left over, or has another shape than its parameter.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {f"{m}.{name}": p.shape for name, p in parameters.items() for m in MOMENTS}
+    shapes["step"] = torch.Size()
+    wrong = {n for n, x in tensors.items() if x.shape != shapes.get(n)} | shapes.keys() - tensors
+    if wrong:
+        raise ValueError(f"optimizer: {', '.join(sorted(wrong))} do not fit the model")
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {
+            key: tensors[saved].to(parameter.device, copy=True)
+            for key, saved in (("step", "step"), *((m, f"{m}.{name}") for m in MOMENTS))
+        }

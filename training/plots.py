@@ -1,8 +1,9 @@
-"""The picture of a run."""
+"""Pictures of runs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,25 +12,38 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def plot_run(metrics: Path, picture: Path) -> None:
-    """Draws training and validation loss, and the learning rate, against updates."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+def plot_runs(runs: Sequence[Path], picture: Path) -> None:
+    """Draws training and validation losses, and learning rates, of runs against updates.
+
+    Args:
+        runs: folders with `metrics.jsonl`; a run keeps its colour in both curves.
+
+    Raises:
+        FileNotFoundError: a folder without it.
+        ValueError: a file without a line.
+    """
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
-    for key, label, style in (
-        ("loss", "training", {"linewidth": 0.8, "alpha": 0.7}),
-        ("validation_loss", "validation", {"marker": "o", "markersize": 3}),
-    ):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        top.plot(*zip(*points, strict=True), label=label, **style)
+    for number, run in enumerate(runs):
+        file, colour = run / "metrics.jsonl", f"C{number}"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if not rows:
+            raise ValueError(f"{file}: empty, expected the log of a run")
+        name = f"{run.name}, " if len(runs) > 1 else ""
+        for axis, key, label, style in (
+            (top, "loss", "training", {"linewidth": 0.8, "alpha": 0.5}),
+            (top, "validation_loss", "validation", {"marker": "o", "markersize": 3}),
+            (bottom, "learning_rate", None, {}),
+        ):
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            label = label and name + label
+            axis.plot(*zip(*points, strict=True), color=colour, label=label, **style)
     top.set_ylabel("loss (nats per token)")
-    top.grid(alpha=0.3)
     top.legend()
-    rates = [(row["step"], row["learning_rate"]) for row in rows if "learning_rate" in row]
-    bottom.plot(*zip(*rates, strict=True), color="tab:green")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("update")
-    bottom.grid(alpha=0.3)
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
     plt.close(figure)

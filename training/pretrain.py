@@ -5,24 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, replace
 from itertools import chain
-from pathlib import Path
 
 import torch
 import tyro
 from tqdm import tqdm
 
 from gpt1_kernels import GPT1Config, GPT1LMHeadModel, use_backend
-from training import data, metrics
+from training import data, metrics, run
+from training.checkpoint import CheckpointWriter
 from training.config import PretrainConfig, complete
 from training.optim import make_optimizer, warmup_cosine
-from training.plots import plot_run
+from training.plots import plot_runs
 from training.sample import sample
-from training.step import train_step
+from training.step import SkippedUpdates, train_step
 from training.store import tokenised
 from training.tokenizer import Tokenizer
 
@@ -34,19 +33,34 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 8, 60
 def main(config: PretrainConfig) -> None:
     chosen = "" if config.preset else " (no --preset; the device decides)"
     config = complete(config)
-    out = new_folder(config.out)
+    checkpoint = run.open_run(config)
+    out, start = config.out, 0 if checkpoint is None else checkpoint.step
     torch.manual_seed(config.seed)
 
     model_config = GPT1Config.preset(config.preset)
     length = model_config.n_positions
-    corpus = data.Corpus(config.data)
-    tokenizer = Tokenizer.train(
-        chain.from_iterable(corpus.train),
-        config.vocab_size or model_config.vocab_size,
-        at_most=config.vocab_size is None,
+    corpus = data.Corpus(
+        config.data, text_column=config.text_column, sentence_shuffled=config.sentence_shuffled
     )
-    validation_store = tokenised(corpus.validation, tokenizer)
-    train, validation = tokenised(corpus.train, tokenizer).tokens, validation_store.tokens
+    if checkpoint is not None:
+        tokenizer = Tokenizer.open(checkpoint.folder)
+    elif config.tokenizer is not None:
+        tokenizer = Tokenizer.open(config.tokenizer, config.style)
+    else:
+        tokenizer = Tokenizer.train(
+            chain.from_iterable(corpus.train), config.vocab_size or model_config.vocab_size,
+            style=config.style or "hf", at_most=config.vocab_size is None,
+        )  # fmt: skip
+    identity = run.identity(config, text=corpus.train.digest, vocabulary=tokenizer.fingerprint)
+    if checkpoint is not None:
+        run.require_same(checkpoint, identity)
+        if start == config.steps and (result := run.read_result(out)):
+            print(f"finished already, at step {start} of {config.steps}")
+            print_result(result)
+            return
+
+    held_out_store = tokenised(corpus.validation, tokenizer)
+    train, validation = tokenised(corpus.train, tokenizer).tokens, held_out_store.tokens
     data.require_window(train, validation, length, corpus.name)
     windows = data.Windows(train, length, config.batch_size, config.seed)
     held_out = data.spread_windows(validation, length, VALIDATION_WINDOWS)
@@ -55,8 +69,17 @@ def main(config: PretrainConfig) -> None:
     model_config = replace(model_config, vocab_size=tokenizer.vocab_size)
     model = GPT1LMHeadModel(model_config).to(config.device).train()
     model.dropout_stream.set_key(config.seed)
-    step_model = torch.compile(model) if config.compile else model
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+    skipped = SkippedUpdates(config.device)
+    loss = math.nan  # of the last validation
+    if checkpoint is not None:
+        checkpoint.restore(model, optimizer)
+        skipped = SkippedUpdates(config.device, checkpoint.state["skipped"])
+        loss = checkpoint.state["validation_loss"]
+        print(f"resumed from step {start} ({checkpoint.folder})")
+    if checkpoint is None or checkpoint.folder.parent.parent == out:
+        run.cut_logs(out, {} if checkpoint is None else checkpoint.state["log_sizes"])
+    step_model = torch.compile(model) if config.compile else model
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"model: {config.preset}{chosen}, {parameters / 1e6:.1f} M parameters, vocabulary "
@@ -64,77 +87,101 @@ def main(config: PretrainConfig) -> None:
         f"tokens on {config.device} in {config.dtype}, to {out}"
     )
 
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
-    log = metrics.MetricsFile(out / "metrics.jsonl")
+    (out / run.CONFIG).write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+    log = metrics.MetricsLog(out, start)
+    writer = CheckpointWriter(out / run.CHECKPOINTS, config.keep)
     peak = metrics.measured_peak(config.device, config.dtype)
     flops = metrics.flops_per_token(model_config)
     prompt = tokenizer.decode(validation[:PROMPT_TOKENS])
 
     def validate(step: int) -> float:
         loss = metrics.mean_loss(model, held_out, config.batch_size, config.device, config.dtype)
-        log.write(step=step, validation_loss=loss)
-        text = sample(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed)
-        with (out / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"update {step}, validation loss {loss:.3f}\n{text}\n\n")
+        log.write(step, validation_loss=loss)
         return loss
 
+    def write_sample(step: int) -> None:
+        text = sample(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed)
+        metrics.append(out / "samples.txt", f"update {step}\n{text}\n\n")
+
+    def save(step: int) -> None:
+        state = {
+            "identity": identity, "skipped": skipped.counts()[0], "validation_loss": loss,
+            "log_sizes": run.log_sizes(out),
+        }  # fmt: skip
+        writer.save(step, model, optimizer, tokenizer, state)
+
     choice = contextlib.nullcontext() if config.backend == "auto" else use_backend(config.backend)
-    with choice, tqdm(range(config.steps), unit="update", dynamic_ncols=True) as bar:
-        loss = validate(0)
+    with choice, run.StopSignal() as stop, tqdm(
+        range(start, config.steps), initial=start, total=config.steps, unit="update",
+        dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        if start == 0:
+            loss = validate(0)
+            write_sample(0)
         tokens, clock = 0, time.perf_counter()  # since the last line of the log
         for step in bar:
             rate = config.learning_rate * warmup_cosine(step, config.warmup, config.steps)
             batch = windows.batch(step)
-            train_loss, norm = train_step(
+            update = train_step(
                 step_model, model.dropout_stream, optimizer, to_device(batch, config.device), step,
                 rate, accumulate=config.accumulate, clip=config.clip, dtype=config.dtype,
             )  # fmt: skip
+            skipped.note(step, update.finite)
             tokens += batch.numel()
-            due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
-            if step % LOG_EVERY == 0 or due:
-                value = float(train_loss)  # waits for the device, so that the clock is right
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"update {step}: the loss is {value}")
+            done = step + 1
+            due = {
+                name: done % getattr(config, name) == 0 or done == config.steps
+                for name in ("eval_every", "sample_every", "checkpoint_every")
+            }
+
+            if step % LOG_EVERY == 0 or any(due.values()) or stop.received:
+                total_skipped, in_a_row, last = skipped.counts()  # waits: the clock is right
+                if in_a_row >= config.max_skipped:
+                    raise FloatingPointError(
+                        f"updates {last - in_a_row + 1} to {last} skipped, loss or gradient not "
+                        f"finite: {in_a_row} in a row (--max-skipped {config.max_skipped}); the "
+                        f"batch of the last: {windows.describe(last)}"
+                    )
                 speed = tokens / (time.perf_counter() - clock)
                 log.write(
-                    step=step, loss=value, learning_rate=rate, gradient_norm=float(norm),
+                    step, loss=float(update.loss), learning_rate=rate,
+                    gradient_norm=float(update.gradient_norm), skipped=total_skipped,
                     tokens_per_second=speed, flop_utilisation=speed * flops / peak,
                 )  # fmt: skip
                 bar.set_postfix_str(
-                    f"loss {value:.3f}, lr {rate:.1e}, {speed:,.0f} tokens/s, "
+                    f"loss {float(update.loss):.3f}, lr {rate:.1e}, {speed:,.0f} tokens/s, "
                     f"MFU {speed * flops / peak:.0%}"
                 )
-                if due:
-                    loss = validate(step + 1)
+                if due["eval_every"]:
+                    loss = validate(done)
+                if due["sample_every"]:
+                    write_sample(done)
+                if due["checkpoint_every"] or stop.received:
+                    save(done)
+                if stop.received and done < config.steps:
+                    writer.wait()
+                    bar.close()
+                    print(f"{stop.received.name}: saved at step {done}; --out {out} goes on there")
+                    sys.exit(128 + stop.received)
                 tokens, clock = 0, time.perf_counter()
+    writer.wait()
 
     model.save_pretrained(out / "model")
     tokenizer.save(out / "model")
-    plot_run(log.path, out / "loss.png")
+    plot_runs([out], out / "loss.png")
     counted = metrics.baselines(train, held_out.numpy(), model_config.vocab_size)
-    print(
-        f"validation perplexity {math.exp(loss):.2f}, unigram {counted.unigram:.2f}, bigram "
-        f"{counted.bigram:.2f}, bits per byte "
-        f"{metrics.bits_per_byte(loss, len(validation), validation_store.text_bytes):.3f}"
-    )
+    result = {
+        "validation perplexity": math.exp(loss),
+        "unigram": counted.unigram,
+        "bigram": counted.bigram,
+        "bits per byte": metrics.bits_per_byte(loss, len(validation), held_out_store.text_bytes),
+    }
+    (out / run.RESULT).write_text(json.dumps(result, indent=2) + "\n")
+    print_result(result)
 
 
-def new_folder(folder: Path) -> Path:
-    """Creates the folder of a run.
-
-    Raises:
-        FileExistsError: it holds something already, which a new run would overwrite.
-        NotADirectoryError: it, or a folder above it, is a file.
-        PermissionError: it cannot be written to.
-    """
-    if folder.is_file():
-        raise NotADirectoryError(f"--out: {folder} is a file, expected a new folder")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"--out: {folder} is not empty, expected a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out: {folder} cannot be written to")
-    return folder
+def print_result(result: dict[str, float]) -> None:
+    print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
 
 
 def to_device(batch: torch.Tensor, device: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,16 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
+class Update(NamedTuple):
+    """What an update says of itself: scalars on the device."""
+
+    loss: Tensor
+    gradient_norm: Tensor
+    """Before clipping."""
+    finite: Tensor
+    """bool; False where loss or gradient was not finite, and the update was skipped."""
+
+
 def train_step(
     model: nn.Module,
     dropout_stream: DropoutStream,
@@ -29,18 +40,17 @@ def train_step(
     accumulate: int = 1,
     clip: float = 1.0,
     dtype: str = "fp32",
-) -> tuple[Tensor, Tensor]:
-    """Updates the model on one batch.
+) -> Update:
+    """Updates the model on one batch, unless its loss or gradient is not finite.
 
     Split into micro-batches, the batch draws the same dropout bits and gives the same gradient (up
-    to rounding) as in one piece: every sequence has as many targets as any other.
+    to rounding) as in one piece: every sequence has as many targets as any other. The host waits
+    for nothing: the optimizer itself skips an update on the device.
 
     Args:
+        optimizer: a fused one.
         input_ids: (B, T); accumulate divides B.
         step: number of the update; selects the dropout bits.
-
-    Returns:
-        The loss and the gradient's norm before clipping, as scalars on the device.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -54,6 +64,27 @@ def train_step(
         total += loss.detach() / accumulate
         tokens += part.numel()
     norm = clip_grad_norm_(model.parameters(), clip)
+    finite = torch.isfinite(total) & torch.isfinite(norm)
+    optimizer.found_inf = (~finite).float()  # what torch's GradScaler tells a fused optimizer
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return Update(total, norm, finite)
+
+
+class SkippedUpdates:
+    """Counts, on the device, the updates that were skipped."""
+
+    def __init__(self, device: str, total: int = 0):
+        self._counts = torch.tensor([total, 0, -1], device=device)
+
+    def note(self, step: int, finite: Tensor) -> None:
+        """Counts update `step`; the host does not wait for it."""
+        total, in_a_row, last = self._counts.unbind()
+        skipped = ~finite
+        self._counts = torch.stack(
+            [total + skipped, (in_a_row + 1) * skipped, torch.where(skipped, step, last)]
+        )
+
+    def counts(self) -> tuple[int, int, int]:
+        """All of them, those in a row now, and the step of the last; waits for the device."""
+        return tuple(self._counts.tolist())

@@ -100,7 +100,7 @@ def write(
     try:
         _write_files(partial, documents, tokenizer, characters)
         os.rename(partial, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -143,7 +143,7 @@ def _write_files(
     }
     (folder / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        _sync(path)
+        sync(path)
 
 
 def _map(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -155,7 +155,7 @@ def _map(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
     return np.memmap(file, dtype, mode="r") if count else np.empty(0, dtype)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, have reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,10 +1,26 @@
-"""Tokens of texts go to a folder of the tests, not to the user's cache."""
+"""A corpus of invented words, small enough to train on in a second."""
+
+import random
+from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _token_cache(tmp_path_factory):
+def _own_cache(tmp_path_factory):
+    """The tokens that the tests make stay out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT1_KERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of 6 documents."""
+    folder, rng = tmp_path_factory.mktemp("text") / "corpus", random.Random(0)
+    folder.mkdir()
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(150)]
+    for number in range(6):
+        lines = (" ".join(rng.choices(words, k=60)) for _ in range(8))
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder

@@ -29,7 +29,7 @@ def test_what_is_not_given_comes_from_the_preset_and_the_machine():
     assert (config.warmup, config.eval_every) == (450, 180)
     assert (config.dtype, config.out) == ("fp32", Path("runs/mini-1"))
     missing = {name for name, value in vars(config).items() if value is None}
-    assert missing == {"vocab_size"}
+    assert missing == {"vocab_size", "tokenizer", "style"}
 
 
 def test_the_machine_chooses_the_preset():
@@ -41,8 +41,9 @@ def test_the_machine_chooses_the_preset():
 
 def test_what_is_given_is_kept():
     given = PretrainConfig(
-        preset="gpt1", data=(Path("x"),), out=Path("y"), steps=7, batch_size=6, accumulate=3,
+        preset="gpt1", data=("x",), out=Path("y"), steps=7, batch_size=6, accumulate=3,
         vocab_size=99, learning_rate=1.0, warmup=0, weight_decay=0.0, clip=2.0, eval_every=5,
+        sample_every=4, checkpoint_every=3,
         device="cpu", seed=2**63 - 1, backend="portable", dtype="bf16", compile=True,
     )  # fmt: skip
     assert complete(given) == given
@@ -71,6 +72,10 @@ def test_the_folder_is_the_first_that_is_free():
         ("accumulate", 3, "a divisor of --batch-size 8"),
         ("vocab_size", 0, "at least 1"),
         ("eval_every", 0, "at least 1"),
+        ("sample_every", 0, "at least 1"),
+        ("checkpoint_every", 0, "at least 1"),
+        ("max_skipped", 0, "at least 1"),
+        ("keep", -1, "at least 0"),
         ("learning_rate", 0.0, "above 0"),
         ("learning_rate", float("nan"), "above 0"),
         ("learning_rate", float("inf"), "above 0, and finite"),

@@ -116,10 +116,12 @@ def test_mean_loss_under_autocast():
 
 
 def test_the_log_is_a_json_object_a_line(tmp_path):
-    log = metrics.MetricsFile(tmp_path / "metrics.jsonl")
+    log = metrics.MetricsLog(tmp_path)
     rows = [{"step": 0, "loss": 5.5}, {"step": 1, "validation_loss": 0.1}]
     for row in rows:
         log.write(**row)
+    log.write(2, loss=float("nan"))
+    rows.append({"step": 2, "loss": None})
     assert [json.loads(line) for line in log.path.read_text().splitlines()] == rows
 
 

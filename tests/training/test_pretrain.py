@@ -1,8 +1,8 @@
 """The command, end to end: `python training/pretrain.py` from another working directory."""
 
+import importlib.util
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from gpt1_kernels import GPT1LMHeadModel
-from training.pretrain import new_folder
+from training.run import usable
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = {"tokens_per_second", "flop_utilisation"}
@@ -32,15 +32,9 @@ def pretrain(folder: Path, *options: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A working directory with a corpus of invented words in 6 documents."""
-    folder, rng = tmp_path_factory.mktemp("pretrain"), random.Random(0)
-    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(150)]
-    (folder / "corpus").mkdir()
-    for number in range(6):
-        lines = (" ".join(rng.choices(words, k=60)) for _ in range(8))
-        (folder / "corpus" / f"{number}.txt").write_text("\n".join(lines))
-    return folder
+def folder(corpus) -> Path:
+    """A working directory with `corpus` in it."""
+    return corpus.parent
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +64,11 @@ def test_the_command_succeeds_and_ends_in_its_result(runs):
 def test_the_folder_holds_what_a_run_leaves(runs, folder):
     out = folder / "first"
     assert {path.name for path in out.iterdir()} == {
-        "metrics.jsonl", "loss.png", "samples.txt", "config.json", "model",
+        "metrics.jsonl", "loss.png", "samples.txt", "config.json", "model", "checkpoints",
+        "result.json", *(["tensorboard"] if importlib.util.find_spec("tensorboard") else []),
     }  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "samples.txt").read_text().count("validation loss") == STEPS + 1
+    assert (out / "samples.txt").read_text().count("update ") == STEPS + 1
     config = json.loads((out / "config.json").read_text())
     assert (config["preset"], config["steps"], config["out"]) == ("mini", STEPS, "first")
 
@@ -129,19 +124,13 @@ def test_a_mistake_is_one_line_of_error(folder, options, message):
     assert run.stderr.count("\n") == 1
 
 
-def test_a_folder_that_is_not_empty_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(FileExistsError, match=f"--out: {tmp_path} is not empty"):
-        new_folder(tmp_path)
-
-
 def test_a_file_or_a_folder_below_one_is_refused(tmp_path):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(NotADirectoryError, match=f"--out: {file} is a file"):
-        new_folder(file)
+        usable(file)
     with pytest.raises(NotADirectoryError, match=str(file)):
-        new_folder(file / "run")
+        usable(file / "run")
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
@@ -149,10 +138,10 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
     if os.access(tmp_path, os.W_OK):  # root may write anywhere
         monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
     with pytest.raises(PermissionError, match=f"--out: {tmp_path} cannot be written to"):
-        new_folder(tmp_path)
+        usable(tmp_path)
 
 
 def test_a_new_or_an_empty_folder_is_taken(tmp_path):
     for folder in (tmp_path, tmp_path / "a" / "b"):
-        assert new_folder(folder) == folder
+        assert usable(folder) == folder
         assert folder.is_dir()

@@ -8,8 +8,8 @@ import torch
 from gpt1_kernels import GPT1LMHeadModel, reference
 from gpt1_kernels.numerics import CAPS, error
 from tests.models import T, randomised, tokens, with_dropout
-from training.optim import make_optimizer
-from training.step import train_step
+from training.optim import make_optimizer, optimizer_tensors
+from training.step import SkippedUpdates, train_step
 
 BATCH, UPDATES, RATE, DECAY, CLIP = 4, 3, 1e-2, 0.1, 0.3
 UPDATE_TOLERANCE = 1e-4  # Adam blows a small gradient's rounding up; 2e-5 is seen
@@ -29,7 +29,7 @@ def trained(model, **options):
     curve = [
         train_step(
             model, model.dropout_stream, optimizer, batch, step, RATE, clip=CLIP, **options,
-        )
+        )[:2]
         for step, batch in enumerate(BATCHES)
     ]  # fmt: skip
     return model, torch.tensor(curve).T
@@ -129,3 +129,33 @@ def test_bf16_autocast_multiplies_in_bf16_and_keeps_fp32_parameters():
 def test_no_gradient_is_left_to_the_next_update():
     model, _ = trained(fresh_model())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_row30_an_update_that_is_not_finite_is_skipped_and_counted(bad):
+    """Weights, moments and AdamW's own step stay as they were, and the next update is made."""
+    model = fresh_model()
+    optimizer = make_optimizer(model, RATE, DECAY)
+    skipped = SkippedUpdates(BATCHES.device, total=5)
+
+    def update(step):
+        made = train_step(model, model.dropout_stream, optimizer, BATCHES[step], step, RATE)
+        skipped.note(step, made.finite)
+        return made
+
+    assert update(0).finite
+    before = copy.deepcopy((model.state_dict(), optimizer_tensors(model, optimizer)))
+    hook = model.transformer.h[1].ln_1.weight.register_hook(lambda g: torch.full_like(g, bad))
+    for step in (1, 2):
+        assert not update(step).finite
+    assert skipped.counts() == (7, 2, 2)
+    after = model.state_dict(), optimizer_tensors(model, optimizer)
+    for one, other in zip(before, after, strict=True):
+        for name, value in one.items():
+            assert torch.equal(other[name], value), name
+    hook.remove()
+    assert update(0).finite
+    assert skipped.counts() == (7, 0, 2)
+    assert not torch.equal(
+        model.state_dict()["transformer.h.1.ln_1.weight"], before[0]["transformer.h.1.ln_1.weight"]
+    )

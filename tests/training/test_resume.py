@@ -1,0 +1,259 @@
+"""Runs that are interrupted: what goes on equals, bit for bit, what was not stopped."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from training import checkpoint, metrics, pretrain
+from training.config import PretrainConfig
+from training.run import StopSignal
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS, EVERY = 9, 3
+CLOCK = {"tokens_per_second", "flop_utilisation"}
+
+
+@pytest.fixture(scope="module")
+def run(corpus):
+    """run(out, **changes): the same small run into `out`, in this process."""
+
+    def run(out: Path, **changes) -> None:
+        settings = {
+            "preset": "mini", "data": (str(corpus),), "steps": STEPS, "batch_size": 2,
+            "vocab_size": 200, "checkpoint_every": EVERY, "eval_every": EVERY, "device": "cpu",
+        }  # fmt: skip
+        pretrain.main(PretrainConfig(**{**settings, **changes}, out=out))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(out)
+    return out
+
+
+def log_of(out: Path) -> list[dict]:
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
+
+
+def assert_same_run(out: Path, whole: Path, steps: int = STEPS) -> None:
+    """Weights, moments, samples and results to the bit; the log but for the clock."""
+    last = f"checkpoints/step-{steps:08d}"
+    for name in (
+        "model/model.safetensors", f"{last}/model.safetensors", f"{last}/optimizer.safetensors",
+        "samples.txt", "result.json",
+    ):  # fmt: skip
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    interrupted = {row["step"]: row for row in log_of(out) if "loss" in row}
+    for row in log_of(whole):
+        if "loss" in row:
+            assert interrupted[row["step"]] == row
+    assert [row for row in log_of(out) if "validation_loss" in row] == [
+        row for row in log_of(whole) if "validation_loss" in row
+    ]
+
+
+def interrupt_once(monkeypatch, owner, name: str, call: int, signum: int) -> None:
+    """Sends a signal to this process at the call-th call of owner.name, before it does its work."""
+    original, calls = getattr(owner, name), iter(range(10_000))
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signum)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (metrics, "mean_loss", 1),
+        (checkpoint.CheckpointWriter, "_write", 0),
+        (pretrain, "train_step", 4),
+        (pretrain, "train_step", STEPS - 1),
+    ],
+    ids=["evaluation", "save", "update", "last-update"],
+)
+def test_row29_a_signal_saves_and_the_run_goes_on(
+    run, whole, tmp_path, monkeypatch, capsys, owner, name, call, signum
+):
+    with monkeypatch.context() as patch:
+        interrupt_once(patch, owner, name, call, signum)
+        if call == STEPS - 1:
+            run(tmp_path)  # there is nothing left to stop
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                run(tmp_path)
+            assert stopped.value.code == 128 + signum
+            assert f"{signal.Signals(signum).name}: saved at step" in capsys.readouterr().out
+            run(tmp_path)
+            assert "resumed from step" in capsys.readouterr().out
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_second_signal_is_not_caught():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "kills", [2, pytest.param(20, marks=pytest.mark.slow)], ids=["few-kills", "many-kills"]
+)
+def test_row29_killed_at_random_moments(corpus, tmp_path, kills):
+    """kill -9, some time after the run has come further than its last start."""
+    rng, steps = random.Random(kills), 20 * kills
+    command = [
+        sys.executable, str(REPOSITORY / "training" / "pretrain.py"), "--preset", "mini", "--data",
+        str(corpus), "--steps", str(steps), "--batch-size", "2", "--vocab-size", "200",
+        "--checkpoint-every", "2", "--eval-every", "10", "--device", "cpu", "--resume", "auto",
+    ]  # fmt: skip
+    # Kernels in Triton's interpreter would take minutes: here as a user would, without.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    options = {"env": {**environment, "PYTHONPATH": str(REPOSITORY)}, "text": True}
+
+    def newest() -> int:
+        found = (tmp_path / "killed" / "checkpoints").glob("step-*[0-9]")
+        return max((int(path.name[5:]) for path in found), default=0)
+
+    starts = []
+    for _ in range(kills):
+        started_at = newest()
+        with subprocess.Popen(
+            [*command, "--out", str(tmp_path / "killed")], stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, **options,
+        ) as process:  # fmt: skip
+            while newest() == started_at and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+            starts.append("resumed from step" in process.communicate()[0])
+    assert starts == [False] + [True] * (kills - 1)
+    for out in ("killed", "whole"):
+        end = subprocess.run(
+            [*command, "--out", str(tmp_path / out)], capture_output=True, check=True, **options
+        )
+        assert ("resumed from step" in end.stdout) == (out == "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", steps)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run, whole, tmp_path, capsys):
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    run(out)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == f"finished already, at step {STEPS} of {STEPS}"
+    assert lines[-1].startswith("validation perplexity")
+    assert log_of(out) == log_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"learning_rate": 0.5}, r"learning_rate 0\.5 \(was 0\.002\)"),
+        ({"steps": 12, "seed": 1}, r"seed 1 \(was 0\); steps 12 \(was 9\)"),
+    ],
+)
+def test_a_changed_configuration_is_refused_with_the_difference(run, whole, changes, difference):
+    with pytest.raises(ValueError, match=difference):
+        run(whole, **changes)
+
+
+def test_a_changed_text_is_refused(run, whole, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "text")
+    with (tmp_path / "text" / "0.txt").open("a") as file:
+        file.write("abc")
+    with pytest.raises(ValueError, match="another configuration: text"):
+        run(whole, data=(str(tmp_path / "text"),))
+
+
+def test_never_asks_for_a_new_folder_and_a_path_is_taken(run, whole, tmp_path, capsys):
+    with pytest.raises(FileExistsError, match="is not empty, expected a new folder"):
+        run(whole, resume="never")
+    with pytest.raises(FileNotFoundError, match=r"--resume: .*nowhere is no checkpoint"):
+        run(tmp_path / "a", resume=str(tmp_path / "nowhere"))
+    before_last = whole / "checkpoints" / f"step-{STEPS - EVERY:08d}"
+    run(tmp_path / "b", resume=str(before_last))
+    assert f"resumed from step {STEPS - EVERY}" in capsys.readouterr().out
+    name = "model/model.safetensors"
+    assert (tmp_path / "b" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_another_frequency_of_watching_changes_no_weight(run, whole, tmp_path):
+    run(tmp_path, eval_every=4, sample_every=5, checkpoint_every=2, keep=1)
+    name = "model/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_row29_a_full_disk_stops_the_run_and_loses_nothing(
+    run, whole, tmp_path, monkeypatch, capsys
+):
+    """The second save finds no room; the first is what the run goes on from."""
+    save_file, calls = checkpoint.save_file, iter(range(10))
+
+    def full(*args):
+        if next(calls) == 1:
+            raise SafetensorError("No space left on device (os error 28)")
+        save_file(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match=r"step-00000006: .* could not be written, .*No space"):
+            run(tmp_path)
+    capsys.readouterr()
+    run(tmp_path)
+    assert f"resumed from step {EVERY}" in capsys.readouterr().out
+    assert_same_run(tmp_path, whole)
+
+
+def test_row29_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/samples.txt'"):
+        metrics.append(tmp_path / "samples.txt", "text")
+
+
+def test_row29_a_vanished_text_is_named_and_nothing_is_lost(run, corpus, tmp_path, monkeypatch):
+    shutil.copytree(corpus, tmp_path / "text")
+    with monkeypatch.context() as patch:
+        interrupt_once(patch, pretrain, "train_step", 4, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "run", data=(str(tmp_path / "text"),))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    shutil.rmtree(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="text: no such file or folder"):
+        run(tmp_path / "run", data=(str(tmp_path / "text"),))
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_row30_updates_that_are_not_finite_stop_the_run_with_step_and_batch(run, tmp_path):
+    """At this rate the first real update, number 1, leaves weights whose loss overflows."""
+    rare = dict.fromkeys(("eval_every", "checkpoint_every"), 40)
+    with pytest.raises(FloatingPointError) as raised:
+        run(tmp_path, learning_rate=1e30, warmup=1, max_skipped=3, steps=40, **rare)
+    message = str(raised.value)
+    assert message.startswith("updates 2 to 10 skipped, loss or gradient not finite: 9 in a row")
+    assert message.endswith("the batch of the last: 2 windows from number 20 of epoch 0")
+    updates = [row for row in log_of(tmp_path) if "loss" in row]
+    assert [(row["step"], row["skipped"]) for row in updates] == [(0, 0)]
