@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ HEAD_SIZE = 64
 
 
 def convert(
-    source: tyro.conf.Positional[Path],
-    target: tyro.conf.Positional[Path],
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")],
     n_head: int | None = None,
 ) -> None:
     """Writes `model.safetensors`, `config.json` and, with a vocabulary, `tokenizer.json`.
@@ -249,6 +249,6 @@ def _model_class(folder: Path) -> type[PretrainedMixin]:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(convert)
+        tyro.cli(convert, prog="python -m gpt1_kernels.convert")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -78,7 +78,7 @@ class GenerationMixin:
                 chosen = choose(logits, temperature, top_k, top_p, seed)
                 if stop_token is not None:
                     chosen = chosen.masked_fill(ended, stop_token)
-                    ended |= chosen == stop_token
+                    ended = chosen == stop_token
                 new[:, i] = chosen
                 if stop_token is not None and ended.all():
                     new = new[:, : i + 1]
