@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from gpt1_kernels import ops
+from gpt1_kernels.cache import LayerCache
 from gpt1_kernels.rng import draw_seed
 
 
@@ -72,13 +73,22 @@ class CausalSelfAttention(nn.Module):
         seed: Tensor | None = None,
         row_offset: int = 0,
         first_key: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        """All but the output projection: (B, T, C) → (B, T, C)."""
+        """All but the output projection: (B, T, C) → (B, T, C).
+
+        With a cache, x is what follows the positions in it: they are attended to, and x joins them.
+        """
         p = self.dropout_p if self.training else 0.0
-        return ops.causal_attention_qkvpacked(
-            self.c_attn(x), self.n_head, dropout_p=p, seed=_seed(seed, p, x),
-            row_offset=row_offset, first_key=first_key,
-        )  # fmt: skip
+        options = {
+            "dropout_p": p, "seed": _seed(seed, p, x), "row_offset": row_offset,
+            "first_key": first_key,
+        }  # fmt: skip
+        qkv = self.c_attn(x)
+        if cache is None:
+            return ops.causal_attention_qkvpacked(qkv, self.n_head, **options)
+        q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)
+        return ops.causal_attention(q, *cache.append(k, v), **options).flatten(2)
 
 
 class GeluFFN(nn.Module):

@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy, linear, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from gpt1_kernels import ops
+from gpt1_kernels.cache import KeyValueCache, LayerCache
 from gpt1_kernels.config import GPT1Config
+from gpt1_kernels.generation import GenerationMixin
 from gpt1_kernels.layers import CausalSelfAttention, DropoutAddLayerNorm, GeluFFN
 from gpt1_kernels.pretrained import PretrainedMixin
 from gpt1_kernels.rng import (
@@ -63,10 +65,15 @@ class Block(nn.Module):
         self.sites = (attention_site(layer), *residual_sites(layer))
 
     def forward(
-        self, h: Tensor, seeds: Tensor | None, row_offset: int, first_key: Tensor | None
+        self,
+        h: Tensor,  # (B, T, C)
+        seeds: Tensor | None,
+        row_offset: int,
+        first_key: Tensor | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:  # (B, T, C)
         s_attn, s_first, s_second = [None if seeds is None else seeds[s] for s in self.sites]
-        a = self.attn.attend(h, s_attn, row_offset, first_key)
+        a = self.attn.attend(h, s_attn, row_offset, first_key, cache)
         a = self.attn.c_proj.without_bias(a)
         n = self.ln_1(a, h, s_first, row_offset, x_bias=self.attn.c_proj.bias)
         m = self.mlp(n, add_bias=False)
@@ -111,6 +118,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
         output_attentions: bool = False,
         dropout_seeds: Tensor | None = None,
         row_offset: int = 0,
+        cache: KeyValueCache | None = None,
     ) -> ModelOutput | tuple:
         """Runs the blocks.
 
@@ -118,11 +126,13 @@ class GPT1Model(nn.Module, PretrainedMixin):
             input_ids: (..., T) int64; or give inputs_embeds.
             attention_mask: (..., T), 1 for real tokens; padding on the left, the right or both.
             token_type_ids: (..., T) further rows of the token table to add.
-            position_ids: (T,) or (..., T), by default 0 … T − 1.
+            position_ids: (T,) or (..., T), by default 0 … T − 1, after those in the cache.
             inputs_embeds: (..., T, C) in place of looked-up tokens.
             dropout_seeds: int64 (sites, 2), by default the next of `dropout_stream`; a training
                 loop passes the same to all micro-batches of an update.
             row_offset: tokens of the update that come before these.
+            cache: what the model has seen of these sequences; the T tokens follow it and join it.
+                Padding is on the left, and its mask is given with the first tokens only.
 
         Returns:
             last_hidden_state (..., T, C) and, if asked for, hidden_states: the embeddings and each
@@ -131,7 +141,8 @@ class GPT1Model(nn.Module, PretrainedMixin):
         Raises:
             IndexError: on a CPU, an id out of range.
             ValueError: more than n_positions tokens, both or neither of input_ids and
-                inputs_embeds, a mask with holes, or output_attentions (they never exist in memory).
+                inputs_embeds, a mask with holes, output_attentions (they never exist in memory), or
+                a cache that is full, in training, or given with a later mask.
         """
         if output_attentions:
             raise ValueError("output_attentions: the fused attention never holds them in memory")
@@ -139,13 +150,26 @@ class GPT1Model(nn.Module, PretrainedMixin):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
         length = shape[-1]
-        if length > self.config.n_positions:
+        past = 0 if cache is None else cache.length
+        if past + length > self.config.n_positions:
             raise ValueError(
-                f"input_ids: {length} positions, expected at most n_positions "
+                f"input_ids: {past + length} positions, expected at most n_positions "
                 f"{self.config.n_positions}"
             )
+        if past and attention_mask is not None:
+            raise ValueError(f"attention_mask: expected None after the {past} positions in cache")
         mask = None if attention_mask is None else attention_mask.reshape(-1, length) != 0
         first_key = None if mask is None else _first_key(mask)
+        if cache is not None:
+            if self.training:
+                raise ValueError("cache: the model is in training, expected eval()")
+            if past:
+                first_key = cache.first_key
+            elif mask is not None:
+                torch._assert_async(mask[:, -1].all(), "attention_mask: padding on the right")
+            cache.first_key = first_key
+        if past and position_ids is None:
+            position_ids = torch.arange(past, past + length, device=self.tokens_embed.weight.device)
         if self.drops and dropout_seeds is None:
             dropout_seeds = self.dropout_stream.advance()
         seeds = dropout_seeds if self.drops else None
@@ -156,14 +180,15 @@ class GPT1Model(nn.Module, PretrainedMixin):
         if mask is not None:
             h = torch.where(mask.unsqueeze(-1), h, 0)
         states = [h]
-        for block in self.h:
+        layers = [None] * len(self.h) if cache is None else cache.layers
+        for block, layer in zip(self.h, layers, strict=True):
             if self.gradient_checkpointing and self.training:
                 h = checkpoint(
                     block, h, seeds, row_offset, first_key,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                h = block(h, seeds, row_offset, first_key)
+                h = block(h, seeds, row_offset, first_key, layer)
             states.append(h)
         output = ModelOutput(
             last_hidden_state=h.view(*shape, -1),
@@ -245,7 +270,7 @@ class _Headed(nn.Module, PretrainedMixin):
         return ops.linear_cross_entropy(h, self.transformer.tokens_embed.weight, targets)
 
 
-class GPT1LMHeadModel(_Headed):
+class GPT1LMHeadModel(_Headed, GenerationMixin):
     """GPT-1 with its language-model head, tied to the token table."""
 
     def forward(

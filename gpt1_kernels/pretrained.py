@@ -65,7 +65,7 @@ class PretrainedMixin:
         state = {k: v.detach().contiguous().cpu() for k, v in state_dict.items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(
-            {"architectures": [self._architecture], **self.config.to_dict()}, indent=2
+            {**self.config.to_dict(), "architectures": [self._architecture]}, indent=2
         )
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 

@@ -1,37 +1,33 @@
-"""Text from a model in training."""
+"""Text from a model."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
+from gpt1_kernels import GPT1LMHeadModel
 from training.tokenizer import Tokenizer
 
 
-@torch.no_grad()
 def sample(
-    model: nn.Module,
+    model: GPT1LMHeadModel,
     tokenizer: Tokenizer,
     prompt: str,
     new_tokens: int,
     *,
-    seed: int = 0,
     temperature: float = 0.8,
-    top_k: int = 40,
+    top_k: int | None = 40,
+    top_p: float = 1.0,
+    stop_token: int | None = None,
+    seed: int | torch.Generator = 0,
 ) -> str:
-    """The prompt and its continuation, drawn from the top_k likeliest tokens at a temperature.
+    """The prompt and its continuation; the options and errors are those of `generate`.
 
     An empty prompt is taken as one unknown token.
     """
+    ids = tokenizer.encode(prompt).tolist() or [0]
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([tokenizer.encode(prompt).tolist() or [0]], device=device)
-    model.eval()
-    for _ in range(new_tokens):
-        window = ids[:, -model.config.n_positions :]
-        logits = model(window, logits_to_keep=1).logits[0, -1].float().cpu() / temperature
-        likeliest, candidates = logits.topk(min(top_k, len(logits)))
-        drawn = torch.multinomial(likeliest.softmax(-1), 1, generator=generator)
-        ids = torch.cat([ids, candidates[drawn].to(device)[None]], dim=1)
-    model.train()
-    return tokenizer.decode(ids[0].tolist())
+    text = model.generate(
+        torch.tensor([ids], device=device), max_new_tokens=new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, stop_token=stop_token, seed=seed,
+    )  # fmt: skip
+    return tokenizer.decode(text[0].cpu())

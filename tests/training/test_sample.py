@@ -37,8 +37,9 @@ def test_the_single_likeliest_token_is_the_argmax(model, tokenizer):
     assert sample(model, tokenizer, "the low", 5, top_k=1) == tokenizer.decode(ids)
 
 
-def test_a_sample_may_be_longer_than_the_model_sees(model, tokenizer):
-    assert sample(model, tokenizer, TEXT, 40)
+def test_a_sample_longer_than_the_model_sees_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="expected at most n_positions 32"):
+        sample(model, tokenizer, TEXT, 40)
 
 
 @pytest.mark.parametrize("prompt", ["", "語"], ids=["empty", "unknown"])

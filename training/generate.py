@@ -1,0 +1,104 @@
+"""Continues text: `python training/generate.py --model RUN --prompt "..."`, or `--help`.
+
+Without a prompt it is a conversation: every line that is typed is continued, until the input ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from gpt1_kernels import GPT1LMHeadModel
+from training.sample import sample
+from training.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continues a prompt, or every line that is typed."""
+
+    model: Path
+    """A run of pretrain.py, or a Hugging Face folder with its tokenizer."""
+    prompt: str | None = None
+    """Text to continue. Default: the lines of the standard input, one by one."""
+    tokens: int = 60
+    """The most tokens to add."""
+    temperature: float = 0.8
+    """Of the draws; 0 takes the likeliest token."""
+    top_k: int | None = 40
+    """Draws from the k likeliest tokens only; None for all."""
+    top_p: float = 1.0
+    """Draws from the fewest likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Of the draws."""
+    stop: str | None = None
+    """A word or mark of one token, such as ".", after which the text ends."""
+
+
+def main(config: GenerateConfig) -> None:
+    model, tokenizer = open_model(config.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    options = {
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "stop_token": None if config.stop is None else single_token(tokenizer, config.stop),
+        # One stream of draws for all lines: a line that is typed twice goes on differently.
+        "seed": torch.Generator(model.transformer.tokens_embed.weight.device).manual_seed(
+            config.seed
+        ),
+    }
+    if config.prompt is not None and not config.prompt.strip():
+        raise ValueError(f"--prompt: {config.prompt!r}, expected some text")
+    for prompt in typed_lines() if config.prompt is None else [config.prompt]:
+        print(sample(model, tokenizer, prompt, config.tokens, **options), flush=True)
+
+
+def open_model(folder: Path) -> tuple[GPT1LMHeadModel, Tokenizer]:
+    """The model and the tokenizer of a run of `pretrain.py` or of a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: there is no model, or no tokenizer with it.
+        ValueError: a file is damaged.
+    """
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    return GPT1LMHeadModel.from_pretrained(folder), Tokenizer.open(folder)
+
+
+def single_token(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a text that is one token of the vocabulary.
+
+    Raises:
+        ValueError: it is not.
+    """
+    ids = tokenizer.encode(text).tolist()
+    if len(ids) != 1 or ids == [0]:
+        raise ValueError(f"--stop: {text!r} is {len(ids)} tokens, expected one that is known")
+    return ids[0]
+
+
+def typed_lines() -> Iterator[str]:
+    """The lines of the standard input that are not blank, asked for where someone sits there."""
+    ask = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(ask)
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(GenerateConfig))
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
