@@ -1,0 +1,72 @@
+"""Perplexity of each held-out document: `python training/evaluate.py RUN`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from gpt1_kernels import GPT1LMHeadModel
+from training import data, metrics, run
+from training.store import tokenised
+from training.tokenizer import Tokenizer
+
+NAME_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Scores a finished run on the documents that its training left out."""
+
+    run: tyro.conf.Positional[Path]
+    """Its folder."""
+    batch_size: int = 16
+    """Windows at a time."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu, cuda or cuda:N."""
+
+
+def main(config: EvaluateConfig) -> None:
+    options = json.loads((config.run / run.CONFIG).read_text(encoding="utf-8"))
+    corpus = data.Corpus(
+        options["data"], text_column=options["text_column"],
+        sentence_shuffled=options["sentence_shuffled"],
+    )  # fmt: skip
+    tokenizer = Tokenizer.open(config.run / "model")
+    model = GPT1LMHeadModel.from_pretrained(config.run / "model").to(config.device)
+    store = tokenised(corpus.validation, tokenizer)
+    losses = []
+    for start, stop in tqdm(list(zip(store.bounds, store.bounds[1:], strict=False)), unit="text"):
+        document = store.tokens[start:stop]
+        if len(document) < 2:  # nothing to predict
+            continue
+        losses.append((mean_loss(model, document, config), len(document)))
+        name = tokenizer.decode(document[:NAME_TOKENS])
+        tqdm.write(f"{math.exp(losses[-1][0]):8.2f}  {len(document):9,} tokens  {name}")
+    mean = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
+    print(f"{math.exp(mean):8.2f}  {sum(tokens for _, tokens in losses):9,} tokens  all")
+
+
+def mean_loss(model: GPT1LMHeadModel, tokens: np.ndarray, config: EvaluateConfig) -> float:
+    """Mean negative log-likelihood, in nats, of a document cut into windows.
+
+    Each window stands alone, so its first token is given and the next have little to go by. A
+    document shorter than a window is one; what is left behind the last window does not count.
+    """
+    length = min(model.config.n_positions, len(tokens))
+    windows = data.spread_windows(tokens, length, len(tokens) // length)
+    return metrics.mean_loss(model, windows, config.batch_size, config.device, "fp32")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(EvaluateConfig))
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
