@@ -6,8 +6,10 @@ Two styles turn text into words; the BPE behind them is the same. Both fix the t
   punctuation rules; white space, newlines included, leaves no token.
 - `openai`: the ids of the code released with the paper (`text_utils.py` of
   openai/finetune-transformer-lm): its clean-up, spaCy's English tokenizer, lower case; a run of
-  white space with a newline in it becomes the token of `\\n`. Needs `gpt1-kernels[spacy]`. spaCy's
-  rules are those of the version installed, not those of 2018.
+  white space with a newline in it becomes the token of `\\n`. Needs `gpt1-kernels[spacy]`, whose
+  rules are those of the version installed, not those of 2018. spaCy is given what stands between
+  two spaces at a time: over a whole text, spaCy 3 lets a special case that it finds across a space
+  (`' '` for `''`) hide one beside it, which changed 1 word in 100 novels.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ NEWLINES, SPACES = re.compile(r"\s*\n\s*"), re.compile(r"[^\S\n]+")
 class Tokenizer:
     """Text → ids → text. Made by `open` or `train`.
 
-    In both styles a text falls into chunks between spaces and newlines, and a chunk has the same
-    ids wherever it stands: they are found once and looked up from then on.
+    In both styles a text falls into chunks between spaces and newlines, and the ids of a chunk do
+    not depend on its neighbours: they are found once and looked up from then on.
     """
 
     def __init__(self, pipeline: tokenizers.Tokenizer, style: Style = "hf"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import ftfy
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, OpenAIGPTTokenizer
 
@@ -198,16 +198,24 @@ any_text = st.text(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(any_text | st.text(max_size=20))
 def test_hf_is_transformers_on_any_text(hf, transformers_hf, text):
     assert hf.encode(text).tolist() == transformers_hf(ftfy.fix_text(text))["input_ids"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(any_text | st.text(max_size=20))
 def test_openai_is_the_released_code_on_any_text(openai, released, text):
+    # Over a space, spaCy 3 takes two quotes for one of its special cases; see the next test.
+    assume(not re.search(r"'\s+'", ftfy.fix_text(text)))
     assert openai.encode(text).tolist() == released.encode(text)
+
+
+def test_openai_words_do_not_depend_on_their_neighbours(openai):
+    """Over all of "' ''tis", spaCy 3 gives four words, and three for its two halves."""
+    halves = [openai.encode("'"), openai.encode("''tis")]
+    np.testing.assert_array_equal(openai.encode("' ''tis"), np.concatenate(halves))
 
 
 def test_openai_keeps_newlines_inside_a_text_only(openai):
@@ -216,7 +224,7 @@ def test_openai_keeps_newlines_inside_a_text_only(openai):
     assert openai.encode("\n a \n\n b\n").tolist() == [a, newline, b]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.sets(st.integers(1, 150)))
 def test_a_text_in_pieces_has_the_ids_of_the_whole(either, cuts):
     starts = [match.end() for match in re.finditer(r"\s+", TEXT.strip())]
