@@ -46,6 +46,17 @@ class PartialTiles:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class AttentionTiles:
+    """Tiles of BLOCK_M queries by BLOCK_N keys, with heads of D ≤ BLOCK_D."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
 @cache
 def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     """Whole rows in registers: 4 warps, and more once a single row exceeds their share."""
@@ -53,6 +64,25 @@ def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     BLOCK_N = max(1, min(64, 128 * elements_per_thread // BLOCK_C))
     num_warps = max(4, min(32, BLOCK_C // (32 * elements_per_thread)))
     return RowTiles(BLOCK_N, BLOCK_C, num_warps)
+
+
+def _head_columns(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
+
+
+@cache
+def attention_fwd_tiles(D: int, itemsize: int) -> AttentionTiles:
+    return AttentionTiles(256, 64, _head_columns(D), num_warps=8, num_stages=3)
+
+
+@cache
+def attention_dq_tiles(D: int, itemsize: int) -> AttentionTiles:
+    return AttentionTiles(128, 64, _head_columns(D), num_warps=8, num_stages=3)
+
+
+@cache
+def attention_dkdv_tiles(D: int, itemsize: int) -> AttentionTiles:
+    return AttentionTiles(64, 128, _head_columns(D), num_warps=8, num_stages=3)
 
 
 BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
