@@ -25,17 +25,10 @@ from gpt1_kernels.backends.triton.launch import (
 )
 from gpt1_kernels.rng import keep_scale
 
-MAX_HEAD_SIZE = 128
+MAX_SIZES = {"head_size": 128}
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-def refusal(dtype: torch.dtype, head_size: int) -> str | None:
-    """Why these kernels do not take a call with these sizes, or None."""
-    if head_size > MAX_HEAD_SIZE:
-        return f"it takes heads of at most {MAX_HEAD_SIZE}, not {head_size}"
-    return None
 
 
 @triton.jit
@@ -129,7 +122,7 @@ def _visible(position, key, first_key):
 @triton.jit
 def _attend(
     acc,  # (BLOCK_M, BLOCK_D), Σ keep ∘ exp2(s − m) V
-    l,  # (BLOCK_M,), Σ exp2(s − m)
+    total,  # (BLOCK_M,), Σ exp2(s − m)
     m,  # (BLOCK_M,), the largest score in base 2
     q,  # (BLOCK_M, BLOCK_D)
     k_ptr,  # (Tk, D)
@@ -165,14 +158,14 @@ def _attend(
             shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         p = tl.exp2(s - shift[:, None])
         alpha = tl.exp2(m - shift)
-        l = l * alpha + tl.sum(p, axis=1)
+        total = total * alpha + tl.sum(p, axis=1)
         if keep_bits_ptr is not None:
             keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, False)
             p = tl.where(keep, p, 0.0)
         v = _load_tile(v_ptr, start_n, stride_vt, key_mask, BLOCK_N, D, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
-    return acc, l, m
+    return acc, total, m
 
 
 @triton.jit(do_not_specialize=["H", "Tq", "Tk"])
@@ -218,23 +211,23 @@ def causal_attention_fwd_kernel(
         keep_bits_ptr += first_row * tl.cdiv(Tk, 32)
     q = _load_tile(q_ptr, start_m, q_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    l = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     m = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
 
     diagonal = tl.maximum((start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N, start)
     end = tl.minimum(start_m + BLOCK_M + Tk - Tq, Tk)
-    acc, l, m = _attend(
-        acc, l, m, q, k_ptr, v_ptr, keep_bits_ptr, start, diagonal, start_m, first_key, Tq, Tk,
+    acc, total, m = _attend(
+        acc, total, m, q, k_ptr, v_ptr, keep_bits_ptr, start, diagonal, start_m, first_key, Tq, Tk,
         k_strides[1], v_strides[1], scale * LOG2_E, first_key_ptr is not None, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    acc, l, m = _attend(
-        acc, l, m, q, k_ptr, v_ptr, keep_bits_ptr, diagonal, end, start_m, first_key, Tq, Tk,
+    acc, total, m = _attend(
+        acc, total, m, q, k_ptr, v_ptr, keep_bits_ptr, diagonal, end, start_m, first_key, Tq, Tk,
         k_strides[1], v_strides[1], scale * LOG2_E, True, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
-    # A row that sees no key has acc = l = 0 and m = −∞, so O = 0 and lse = −∞.
-    o = acc * (keep_scale / tl.where(l == 0.0, 1.0, l))[:, None]
-    lse = (m + tl.log2(tl.where(l == 0.0, 1.0, l))) * LN_2
+    # A row that sees no key has acc = total = 0 and m = −∞, so O = 0 and lse = −∞.
+    o = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    lse = (m + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN_2
     o_ptr = _head(o_ptr, o_strides, batch, head)
     _store_tile(o_ptr, start_m, o_strides[1], row < Tq, o, D)
     tl.store(lse_ptr + first_row + row, lse, mask=row < Tq)
