@@ -2,7 +2,8 @@
 
     python tests/compile_triton.py 90
 
-prints a JSON list of {kernel, config, registers, stack, shared} for compute capability 9.0. It runs
+prints a JSON list of {kernel, config, dtype, registers, stack, local, shared, matrix_instructions}
+for compute capability 9.0. It runs
 in a process of its own, because Triton's interpreter cannot be switched off once it is on.
 """
 
@@ -18,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gpt1_kernels.backends.triton import dropout, layer_norm, partials
+from gpt1_kernels.backends.triton import attention, dropout, layer_norm, partials
 
-N, C, T, HEADS = 32768, 768, 512, 12
+N, C, B, T, HEADS = 32768, 768, 2, 512, 12
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -50,15 +51,29 @@ def launch_all(dtype: torch.dtype) -> None:
     layer_norm.dropout_add_layer_norm_fwd(x, x, w, w, w, seed, 1e-5, 0.1, 0, True)
     layer_norm.dropout_add_layer_norm_bwd(x, x, w, stat, stat, seed, 0.1, 0, [True] * 5)
     dropout.dropout_mask(seed, (1, HEADS, T, T), 0.1, 0, True)
+    qkv, dout = torch.empty(B, T, 3 * C, dtype=dtype), torch.empty(B, T, C, dtype=dtype)
+    lse = torch.empty(B, HEADS, T)
+    bits = torch.empty(B, HEADS, T, T // 32, dtype=torch.int32)
+    options = (bits, None, (C // HEADS) ** -0.5, 0.1)
+    attention.causal_attention_qkvpacked_fwd(qkv, HEADS, *options)
+    attention.causal_attention_qkvpacked_bwd(dout, qkv, HEADS, dout, lse, *options)
 
 
-def occupied(cubin: bytes) -> dict[str, int]:
+def dump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        return subprocess.run(
+            [CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True
         ).stdout
+
+
+def matrix_instructions(cubin: bytes) -> list[str]:
+    return sorted(set(re.findall(r"\b(?:UTC)?[HQ]G?MMA\b", dump(cubin, "-sass"))))
+
+
+def occupied(cubin: bytes) -> dict[str, int]:
+    text = dump(cubin, "-res-usage")
     return {
         name: int(re.search(rf"{key}:(\d+)", text)[1])
         for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))
@@ -75,12 +90,14 @@ def main(capability: int) -> None:
             {
                 "kernel": kernel.__name__,
                 "config": str(config),
+                "dtype": str(args[0].dtype),
                 "shared": compiled.metadata.shared,
+                "matrix_instructions": matrix_instructions(compiled.asm["cubin"]),
                 **occupied(compiled.asm["cubin"]),
             }
         )
 
-    for module in (dropout, layer_norm, partials):
+    for module in (attention, dropout, layer_norm, partials):
         module.launch = compile_only
     for dtype in (torch.bfloat16, torch.float32):
         launch_all(dtype)

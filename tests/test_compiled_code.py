@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SMALLEST_SHARED_MEMORY = 99 * 1024  # of compute capabilities 8.6, 8.9 and 12.0
 
 
@@ -24,6 +25,9 @@ def test_triton_kernels_fit_their_chip(capability):
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
     assert {row["kernel"] for row in rows} == {
+        "causal_attention_bwd_dkdv_kernel",
+        "causal_attention_bwd_dq_kernel",
+        "causal_attention_fwd_kernel",
         "dropout_mask_kernel",
         "layer_norm_bwd_kernel",
         "layer_norm_fwd_kernel",
@@ -32,3 +36,7 @@ def test_triton_kernels_fit_their_chip(capability):
     for row in rows:
         assert row["stack"] == row["local"] == 0, row
         assert row["shared"] <= SMALLEST_SHARED_MEMORY, row
+        if "attention" in row["kernel"]:
+            on_tensor_cores = row["dtype"] != "torch.float32"  # whose products are exact
+            expected = [MATRIX_INSTRUCTION[capability]] if on_tensor_cores else []
+            assert row["matrix_instructions"] == expected, row

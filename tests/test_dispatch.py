@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -70,6 +71,64 @@ def test_a_backend_without_a_kernel_says_so_and_does_not_fall_back():
         ops.gelu_ffn(h, h.t(), h[0, :3], h)
 
 
+@pytest.mark.parametrize("head_size", [128, 129])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_backend_refuses_sizes_over_its_limit_and_says_why(packed, head_size):
+    def call():
+        qkv = torch.randn(1, 2, 3 * head_size, device=DEVICE)
+        if packed:
+            return ops.causal_attention_qkvpacked(qkv, 1)
+        return ops.causal_attention(*qkv.view(1, 2, 3, 1, head_size).unbind(2))
+
+    reason = "but it takes a head_size of at most 128, not 129"
+    with use_backend("triton"):
+        if head_size == 128:
+            assert call().shape[:2] == (1, 2)
+        else:
+            with pytest.raises(ValueError, match=f"'triton' was asked for {reason}"):
+                call()
+
+
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "chosen", "reason"),
+    [
+        (128, torch.float16, "triton", None),
+        (129, torch.float16, "portable", "it takes a head_size of at most 128, not 129"),
+        (128, torch.float32, "portable", "it does not take torch.float32"),
+    ],
+)
+def test_what_a_backend_refuses_falls_back(monkeypatch, caplog, head_size, dtype, chosen, reason):
+    from gpt1_kernels.backends.triton import attention
+
+    monkeypatch.setattr(attention, "DTYPES", (torch.float16,), raising=False)
+    monkeypatch.setattr(backends, "unavailable_reason", lambda *_: None)
+    for function in (backends._takes_dtype, backends._log_fallback):
+        monkeypatch.setattr(backends, function.__name__, function.__wrapped__)
+    call = partial(backends.automatic_choice, "causal_attention", "cuda", dtype)
+    assert call(head_size=head_size) == chosen
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged == (
+        [] if reason is None else [f"causal_attention: not on backend triton: {reason}"]
+    )
+
+
+def test_a_fallback_is_logged_once(caplog):
+    for _ in range(2):
+        backends._log_fallback("causal_attention", "triton", "a reason of this test")
+    assert len(caplog.records) == 1
+
+
+def test_sizes_that_vary_are_compared_without_a_graph_break():
+    def call(x):
+        name = backends.automatic_choice("causal_attention", "cuda", x.dtype, head_size=x.shape[1])
+        return x + backends.BACKENDS.index(name)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=True)
+    for size in (16, 48, 128, 129, 300):
+        x = torch.zeros(2, size)
+        assert torch.equal(compiled(x), call(x))
+
+
 def test_row25_a_cpu_tensor_for_a_gpu_backend():
     _, stderr = python(
         "import torch, gpt1_kernels as g; x = torch.ones(2, 8)\n"
@@ -90,7 +149,9 @@ def test_the_report_names_every_op_and_backend():
     assert report.keys() == backends.OPS.keys()
     for op, answers in report.items():
         assert answers["portable"] == "available"
-        has_kernel = op in ("dropout_mask", "layer_norm", "dropout_add_layer_norm")
+        has_kernel = op in (
+            "dropout_mask", "causal_attention", "layer_norm", "dropout_add_layer_norm"
+        )  # fmt: skip
         expected = "available" if has_kernel else f"it has no kernel for {op}"
         assert answers["triton"] == expected
 

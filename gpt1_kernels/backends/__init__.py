@@ -67,20 +67,24 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def resolve(op: str, *tensors: Tensor | None) -> str:
+def resolve(op: str, *tensors: Tensor | None, **sizes: int) -> str:
     """The backend that serves a call of `op` on these tensors.
+
+    Args:
+        sizes: those that a backend's module may limit, by the names in its `MAX_SIZES`.
 
     Raises:
         ValueError: a backend asked for by name cannot serve the call; the message has the reason.
     """
-    device = next(t.device.type for t in tensors if t is not None)
+    first = next(t for t in tensors if t is not None)
+    device, dtype = first.device.type, first.dtype
     name = _forced[-1] if _forced else _environment_choice()
-    if name is not None:
-        reason = unavailable_reason(name, op, device)
-        if reason is not None:
-            raise ValueError(f"{op}: backend {name!r} was asked for but {reason}")
-        return name
-    return automatic_choice(op, device)
+    if name is None:
+        return automatic_choice(op, device, dtype, **sizes)
+    reason = unavailable_reason(name, op, device) or _refusal(name, op, dtype, sizes)
+    if reason is not None:
+        raise ValueError(f"{op}: backend {name!r} was asked for but {reason}")
+    return name
 
 
 def backend_report(device: str | None = None) -> dict[str, dict[str, str]]:
@@ -117,17 +121,46 @@ def unavailable_reason(backend: str, op: str, device: str) -> str | None:
     return package.unavailable_reason(device)
 
 
-@_constant
-def automatic_choice(op: str, device: str) -> str:
-    """The first backend that can serve an op on a device type; a GPU's fallback is logged once."""
+def automatic_choice(op: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
+    """The first backend that can serve a call on a device type; a GPU's fallback is logged once."""
     if device != "cuda":
         return "portable"
     for name in BACKENDS:
-        reason = unavailable_reason(name, op, device)
+        reason = unavailable_reason(name, op, device) or _refusal(name, op, dtype, sizes)
         if reason is None:
             return name
-        _logger.warning("%s: not on backend %s: %s", op, name, reason)
+        _log_fallback(op, name, reason)
     raise AssertionError("portable serves every op")
+
+
+def _refusal(backend: str, op: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    """Why a backend's kernels do not take a call, or None.
+
+    A backend's module of an op may define `DTYPES` and `MAX_SIZES`. The comparison of sizes is
+    traced by torch.compile, to which they may be symbols.
+    """
+    if not _takes_dtype(backend, op, dtype):
+        return f"it does not take {dtype}"
+    for name, size in sizes.items():
+        limit = _max_size(backend, op, name)
+        if limit is not None and size > limit:
+            return f"it takes a {name} of at most {limit}, not {size}"
+    return None
+
+
+@_constant
+def _takes_dtype(backend: str, op: str, dtype: torch.dtype) -> bool:
+    return dtype in getattr(_module(backend, op), "DTYPES", (dtype,))
+
+
+@_constant
+def _max_size(backend: str, op: str, name: str) -> int | None:
+    return getattr(_module(backend, op), "MAX_SIZES", {}).get(name)
+
+
+@_constant
+def _log_fallback(op: str, backend: str, reason: str) -> None:
+    _logger.warning("%s: not on backend %s: %s", op, backend, reason)
 
 
 @_constant

@@ -156,7 +156,7 @@ def causal_attention(
     keep_bits = _checked_bits(op, q, q.shape[1], k.shape[1], q.shape[2], dropout_p, seed,
                               row_offset, first_key)  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = resolve(op, q)
+    backend = resolve(op, q, head_size=q.shape[-1])
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     return _CausalAttention.apply(q, k, v, keep_bits, first_key, scale, dropout_p, backend)
 
@@ -189,8 +189,9 @@ def causal_attention_qkvpacked(
         raise ValueError(f"{op}: qkv has width {width}, expected a multiple of 3 · {n_head} heads")
     keep_bits = _checked_bits(op, qkv, length, length, n_head, dropout_p, seed, row_offset,
                               first_key)  # fmt: skip
-    scale = (width // (3 * n_head)) ** -0.5 if scale is None else scale
-    backend = resolve("causal_attention", qkv)
+    head_size = width // (3 * n_head)
+    scale = head_size**-0.5 if scale is None else scale
+    backend = resolve("causal_attention", qkv, head_size=head_size)
     return _CausalAttentionQKVPacked.apply(
         last_contiguous(qkv), n_head, keep_bits, first_key, scale, dropout_p, backend
     )

@@ -46,6 +46,17 @@ class PartialTiles:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class AttentionTiles:
+    """Tiles of BLOCK_M queries by BLOCK_N keys, with heads of D ≤ BLOCK_D."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
 @cache
 def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     """Whole rows in registers: 4 warps, and more once a single row exceeds their share."""
@@ -53,6 +64,44 @@ def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     BLOCK_N = max(1, min(64, 128 * elements_per_thread // BLOCK_C))
     num_warps = max(4, min(32, BLOCK_C // (32 * elements_per_thread)))
     return RowTiles(BLOCK_N, BLOCK_C, num_warps)
+
+
+@cache
+def attention_fwd_tiles(D: int, itemsize: int) -> AttentionTiles:
+    """Many queries to a tile, so that keys, values and dropout bits are read few times."""
+    if itemsize == 4:
+        return _fp32_attention_tiles(D)
+    if D <= 64:
+        return AttentionTiles(256, 64, _head_columns(D), num_warps=8, num_stages=3)
+    return AttentionTiles(128, 32, _head_columns(D), num_warps=8, num_stages=2)
+
+
+@cache
+def attention_dq_tiles(D: int, itemsize: int) -> AttentionTiles:
+    if itemsize == 4:
+        return _fp32_attention_tiles(D)
+    if D <= 64:
+        return AttentionTiles(128, 64, _head_columns(D), num_warps=8, num_stages=3)
+    return AttentionTiles(64, 64, _head_columns(D), num_warps=8, num_stages=2)
+
+
+@cache
+def attention_dkdv_tiles(D: int, itemsize: int) -> AttentionTiles:
+    """Many keys to a tile, so that queries and their gradients are read few times."""
+    if itemsize == 4:
+        return _fp32_attention_tiles(D)
+    if D <= 64:
+        return AttentionTiles(64, 128, _head_columns(D), num_warps=8, num_stages=2)
+    return AttentionTiles(32, 64, _head_columns(D), num_warps=8, num_stages=2)
+
+
+def _fp32_attention_tiles(D: int) -> AttentionTiles:
+    """Exact products hold both operands in registers, so the tiles are small."""
+    return AttentionTiles(32, 32, _head_columns(D), num_warps=8 if D <= 64 else 16, num_stages=1)
+
+
+def _head_columns(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
 
 
 BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)

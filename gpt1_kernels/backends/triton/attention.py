@@ -1,0 +1,667 @@
+"""Causal attention by tiles of queries and keys; the scores never leave the registers.
+
+Softmax is computed on the way (Milakov & Gimelshein 2018; Dao 2023, "FlashAttention-2"), in base 2
+inside. A program walks over the tiles that all its queries see without a mask, then over those on
+the diagonal; tiles above it are never visited. Backward rebuilds the probabilities from lse and has
+a kernel over queries, for delta and dQ, and one over keys, for dK and dV: every sum has one owner
+and a fixed order.
+
+A tensor may have any strides but for its contiguous last axis, so that the packed ops are the same
+kernels on views. Padded positions load as zeros, whatever they hold.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpt1_kernels.backends.triton.launch import (
+    attention_dkdv_tiles,
+    attention_dq_tiles,
+    attention_fwd_tiles,
+    launch,
+)
+from gpt1_kernels.rng import keep_scale
+
+MAX_SIZES = {"head_size": 128}
+
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile_of_head(tiles, H):
+    """The tile, batch and head of a program: all tiles of a head follow each other."""
+    program = tl.program_id(0).to(tl.int64)
+    head = program // tiles
+    return (program % tiles).to(tl.int32), head // H, head % H
+
+
+@triton.jit
+def _head(ptr, strides, batch, head):
+    """The (T, D) matrix of a head in (B, T, H, D)."""
+    return ptr + batch * strides[0] + head * strides[2]
+
+
+@triton.jit
+def _pointers(ptr, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.arange(0, ROWS)
+    tile_ptr = ptr + tl.cast(start, tl.int64) * stride
+    return tile_ptr + (row[:, None] * stride + tl.arange(0, BLOCK_D)[None, :])
+
+
+@triton.jit
+def _load_tile(
+    ptr, start, stride, row_mask, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows of a (T, D) matrix from `start`: (ROWS, BLOCK_D), 0 beyond D and outside row_mask.
+
+    With None for a row_mask, all the rows exist.
+    """
+    pointers = _pointers(ptr, start, stride, ROWS, BLOCK_D)
+    column_mask = (tl.arange(0, BLOCK_D) < D)[None, :]
+    if row_mask is not None:
+        return tl.load(pointers, mask=row_mask[:, None] & column_mask, other=0.0)
+    elif D < BLOCK_D:
+        return tl.load(pointers, mask=column_mask, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _store_tile(ptr, start, stride, row_mask, x, D: tl.constexpr):
+    ROWS: tl.constexpr = x.shape[0]
+    BLOCK_D: tl.constexpr = x.shape[1]
+    mask = row_mask[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    pointers = _pointers(ptr, start, stride, ROWS, BLOCK_D)
+    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _keep(
+    bits_ptr, start_m, start_n, Tq, Tk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """The dropout mask of a tile: (BLOCK_M, BLOCK_N) or transposed, True keeps.
+
+    A word is loaded once and serves 32 keys. Rows and words that do not exist are replaced by the
+    last one: nothing that they give is used.
+    """
+    words = tl.cdiv(Tk, 32)
+    row = tl.minimum(tl.arange(0, BLOCK_M), Tq - 1 - start_m)
+    word = tl.minimum(tl.arange(0, BLOCK_N // 32), words - 1 - start_n // 32)
+    tile_ptr = bits_ptr + (tl.cast(start_m, tl.int64) * words + start_n // 32)
+    bit = tl.arange(0, 32)
+    if TRANSPOSED:
+        bits = tl.load(tile_ptr + (row[None, :] * words + word[:, None]))
+        keep = tl.reshape(bits[:, None, :] >> bit[None, :, None], (BLOCK_N, BLOCK_M))
+    else:
+        bits = tl.load(tile_ptr + (row[:, None] * words + word[None, :]))
+        keep = tl.reshape(bits[:, :, None] >> bit[None, None, :], (BLOCK_M, BLOCK_N))
+    return (keep & 1) != 0
+
+
+@triton.jit
+def _key_mask(key, first_key, Tk):
+    mask = key < Tk
+    if first_key is not None:
+        mask &= key >= first_key
+    return mask
+
+
+@triton.jit
+def _visible(position, key, first_key):
+    visible = key <= position
+    if first_key is not None:
+        visible &= key >= first_key
+    return visible
+
+
+@triton.jit
+def _attend(
+    acc,  # (BLOCK_M, BLOCK_D), Σ keep ∘ exp2(s − m) V
+    total,  # (BLOCK_M,), Σ exp2(s − m)
+    m,  # (BLOCK_M,), the largest score in base 2
+    q,  # (BLOCK_M, BLOCK_D)
+    k_ptr,  # (Tk, D)
+    v_ptr,  # (Tk, D)
+    keep_bits_ptr,  # (Tq, words) or None
+    start,
+    end,
+    start_m,
+    first_key,
+    Tq,
+    Tk,
+    stride_kt,
+    stride_vt,
+    qk_scale,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = q.shape[0]
+    position = start_m + Tk - Tq + tl.arange(0, BLOCK_M)
+    for start_n in range(start, end, BLOCK_N):
+        key = start_n + tl.arange(0, BLOCK_N)
+        key_mask = _key_mask(key, first_key, Tk) if MASKED else None
+        k = _load_tile(k_ptr, start_n, stride_kt, key_mask, BLOCK_N, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+        if MASKED:
+            visible = _visible(position[:, None], key[None, :], first_key)
+            s = tl.where(visible, s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        shift = m_new
+        if first_key is not None:  # a row that has seen no key yet must not compute −∞ − (−∞)
+            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        p = tl.exp2(s - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        total = total * alpha + tl.sum(p, axis=1)
+        if keep_bits_ptr is not None:
+            keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, False)
+            p = tl.where(keep, p, 0.0)
+        v = _load_tile(v_ptr, start_n, stride_vt, key_mask, BLOCK_N, D, BLOCK_D)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+    return acc, total, m
+
+
+@triton.jit(do_not_specialize=["H", "Tq", "Tk"])
+def causal_attention_fwd_kernel(
+    q_ptr,  # (B, Tq, H, D)
+    k_ptr,  # (B, Tk, H, D)
+    v_ptr,  # (B, Tk, H, D)
+    keep_bits_ptr,  # (B, H, Tq, words), None without dropout
+    first_key_ptr,  # (B,) or None
+    o_ptr,  # (B, Tq, H, D)
+    lse_ptr,  # (B, H, Tq)
+    q_strides,  # of B, T and H
+    k_strides,
+    v_strides,
+    o_strides,
+    scale,
+    keep_scale,
+    H,
+    Tq,
+    Tk,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tiles = tl.cdiv(Tq, BLOCK_M)
+    tile, batch, head = _tile_of_head(tiles, H)
+    start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows first
+    row = start_m + tl.arange(0, BLOCK_M)
+    row_mask = row < Tq
+    start = 0
+    first_key = None
+    if first_key_ptr is not None:
+        first_key = tl.load(first_key_ptr + batch)
+        row_mask &= row + Tk - Tq >= first_key
+        start = first_key // BLOCK_N * BLOCK_N
+
+    q_ptr = _head(q_ptr, q_strides, batch, head)
+    k_ptr = _head(k_ptr, k_strides, batch, head)
+    v_ptr = _head(v_ptr, v_strides, batch, head)
+    first_row = (batch * H + head) * Tq
+    if keep_bits_ptr is not None:
+        keep_bits_ptr += first_row * tl.cdiv(Tk, 32)
+    q = _load_tile(q_ptr, start_m, q_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    m = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+
+    diagonal = tl.maximum((start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N, start)
+    end = tl.minimum(start_m + BLOCK_M + Tk - Tq, Tk)
+    acc, total, m = _attend(
+        acc, total, m, q, k_ptr, v_ptr, keep_bits_ptr, start, diagonal, start_m, first_key, Tq, Tk,
+        k_strides[1], v_strides[1], scale * LOG2_E, first_key_ptr is not None, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    acc, total, m = _attend(
+        acc, total, m, q, k_ptr, v_ptr, keep_bits_ptr, diagonal, end, start_m, first_key, Tq, Tk,
+        k_strides[1], v_strides[1], scale * LOG2_E, True, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+
+    # A row that sees no key has acc = total = 0 and m = −∞, so O = 0 and lse = −∞.
+    o = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    lse = (m + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN_2
+    o_ptr = _head(o_ptr, o_strides, batch, head)
+    _store_tile(o_ptr, start_m, o_strides[1], row < Tq, o, D)
+    tl.store(lse_ptr + first_row + row, lse, mask=row < Tq)
+
+
+@triton.jit
+def _p_and_dp(
+    q,  # (BLOCK_M, BLOCK_D)
+    do,  # (BLOCK_M, BLOCK_D)
+    k,  # (BLOCK_N, BLOCK_D)
+    v,  # (BLOCK_N, BLOCK_D)
+    lse,  # (BLOCK_M,), in base 2
+    keep_bits_ptr,  # (Tq, words) or None
+    start_m,
+    start_n,
+    first_key,
+    Tq,
+    Tk,
+    qk_scale,
+    keep_scale,
+    MASKED: tl.constexpr,
+):
+    """The probabilities and their gradients, both (BLOCK_M, BLOCK_N)."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_N: tl.constexpr = k.shape[0]
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        position = start_m + Tk - Tq + tl.arange(0, BLOCK_M)
+        key = start_n + tl.arange(0, BLOCK_N)
+        p = tl.where(_visible(position[:, None], key[None, :], first_key), p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    if keep_bits_ptr is not None:
+        keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, False)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return p, dp
+
+
+@triton.jit
+def _delta_of_few_keys(
+    q,  # (BLOCK_M, BLOCK_D)
+    do,  # (BLOCK_M, BLOCK_D)
+    k_ptr,  # (Tk, D)
+    v_ptr,  # (Tk, D)
+    lse,  # (BLOCK_M,), in base 2
+    keep_bits_ptr,  # (Tq, words) or None
+    start,
+    end,
+    start_m,
+    first_key,
+    Tq,
+    Tk,
+    stride_kt,
+    stride_vt,
+    qk_scale,
+    keep_scale,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """delta as the mean of dP under P, which is exact for a row that sees one key."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_D: tl.constexpr = q.shape[1]
+    p_dp = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for start_n in tl.range(start, end, BLOCK_N, num_stages=1):
+        key_mask = _key_mask(start_n + tl.arange(0, BLOCK_N), first_key, Tk)
+        k = _load_tile(k_ptr, start_n, stride_kt, key_mask, BLOCK_N, D, BLOCK_D)
+        v = _load_tile(v_ptr, start_n, stride_vt, key_mask, BLOCK_N, D, BLOCK_D)
+        p, dp = _p_and_dp(
+            q, do, k, v, lse, keep_bits_ptr, start_m, start_n, first_key, Tq, Tk,
+            qk_scale, keep_scale, True,
+        )  # fmt: skip
+        p_dp += tl.sum(p * dp, axis=1)
+        total += tl.sum(p, axis=1)
+    return p_dp / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def _dq_of_keys(
+    dq,  # (BLOCK_M, BLOCK_D)
+    q,  # (BLOCK_M, BLOCK_D)
+    do,  # (BLOCK_M, BLOCK_D)
+    k_ptr,  # (Tk, D)
+    v_ptr,  # (Tk, D)
+    lse,  # (BLOCK_M,), in base 2
+    delta,  # (BLOCK_M,)
+    keep_bits_ptr,  # (Tq, words) or None
+    start,
+    end,
+    start_m,
+    first_key,
+    Tq,
+    Tk,
+    stride_kt,
+    stride_vt,
+    qk_scale,
+    keep_scale,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    BLOCK_D: tl.constexpr = q.shape[1]
+    for start_n in range(start, end, BLOCK_N):
+        key = start_n + tl.arange(0, BLOCK_N)
+        key_mask = _key_mask(key, first_key, Tk) if MASKED else None
+        k = _load_tile(k_ptr, start_n, stride_kt, key_mask, BLOCK_N, D, BLOCK_D)
+        v = _load_tile(v_ptr, start_n, stride_vt, key_mask, BLOCK_N, D, BLOCK_D)
+        p, dp = _p_and_dp(
+            q, do, k, v, lse, keep_bits_ptr, start_m, start_n, first_key, Tq, Tk,
+            qk_scale, keep_scale, MASKED,
+        )  # fmt: skip
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=["H", "Tq", "Tk"])
+def causal_attention_bwd_dq_kernel(
+    do_ptr,  # (B, Tq, H, D)
+    q_ptr,  # (B, Tq, H, D)
+    k_ptr,  # (B, Tk, H, D)
+    v_ptr,  # (B, Tk, H, D)
+    o_ptr,  # (B, Tq, H, D)
+    lse_ptr,  # (B, H, Tq)
+    keep_bits_ptr,  # (B, H, Tq, words), None without dropout
+    first_key_ptr,  # (B,) or None
+    delta_ptr,  # (B, H, Tq)
+    dq_ptr,  # (B, Tq, H, D) or None
+    q_strides,  # of B, T and H
+    k_strides,
+    v_strides,
+    o_strides,  # of do too
+    dq_strides,
+    scale,
+    keep_scale,
+    H,
+    Tq,
+    Tk,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tiles = tl.cdiv(Tq, BLOCK_M)
+    tile, batch, head = _tile_of_head(tiles, H)
+    start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows first
+    row = start_m + tl.arange(0, BLOCK_M)
+    row_mask = row < Tq
+    first_visible = 0
+    first_key = None
+    if first_key_ptr is not None:
+        first_key = tl.load(first_key_ptr + batch)
+        row_mask &= row + Tk - Tq >= first_key
+        first_visible = first_key
+    start = first_visible // BLOCK_N * BLOCK_N
+
+    k_ptr = _head(k_ptr, k_strides, batch, head)
+    v_ptr = _head(v_ptr, v_strides, batch, head)
+    do_ptr = _head(do_ptr, o_strides, batch, head)
+    q_ptr = _head(q_ptr, q_strides, batch, head)
+    first_row = (batch * H + head) * Tq
+    if keep_bits_ptr is not None:
+        keep_bits_ptr += first_row * tl.cdiv(Tk, 32)
+    q = _load_tile(q_ptr, start_m, q_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
+    do = _load_tile(do_ptr, start_m, o_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
+    # With lse = ∞, a row that does not exist or is padding has p = 0.
+    lse = tl.load(lse_ptr + first_row + row, mask=row_mask, other=float("inf")) * LOG2_E
+
+    diagonal = tl.maximum((start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N, start)
+    end = tl.minimum(start_m + BLOCK_M + Tk - Tq, Tk)
+    if end - first_visible <= BLOCK_M:
+        # The rounding of O would be most of dS in a row that sees next to nothing.
+        delta = _delta_of_few_keys(
+            q, do, k_ptr, v_ptr, lse, keep_bits_ptr, start, end, start_m, first_key, Tq, Tk,
+            k_strides[1], v_strides[1], scale * LOG2_E, keep_scale, D, BLOCK_N,
+        )  # fmt: skip
+    else:
+        o_ptr = _head(o_ptr, o_strides, batch, head)
+        o = _load_tile(o_ptr, start_m, o_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+    tl.store(delta_ptr + first_row + row, delta, mask=row < Tq)
+
+    if dq_ptr is not None:
+        dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+        dq = _dq_of_keys(
+            dq, q, do, k_ptr, v_ptr, lse, delta, keep_bits_ptr, start, diagonal, start_m, first_key,
+            Tq, Tk, k_strides[1], v_strides[1], scale * LOG2_E, keep_scale,
+            first_key_ptr is not None, D, BLOCK_N,
+        )  # fmt: skip
+        dq = _dq_of_keys(
+            dq, q, do, k_ptr, v_ptr, lse, delta, keep_bits_ptr, diagonal, end, start_m, first_key,
+            Tq, Tk, k_strides[1], v_strides[1], scale * LOG2_E, keep_scale, True, D, BLOCK_N,
+        )  # fmt: skip
+        dq_ptr = _head(dq_ptr, dq_strides, batch, head)
+        _store_tile(dq_ptr, start_m, dq_strides[1], row < Tq, dq * scale, D)
+
+
+@triton.jit
+def _dkdv_of_queries(
+    dk,  # (BLOCK_N, BLOCK_D)
+    dv,  # (BLOCK_N, BLOCK_D)
+    k,  # (BLOCK_N, BLOCK_D)
+    v,  # (BLOCK_N, BLOCK_D)
+    do_ptr,  # (Tq, D)
+    q_ptr,  # (Tq, D)
+    lse_ptr,  # (Tq,)
+    delta_ptr,  # (Tq,), None if dK is not needed
+    keep_bits_ptr,  # (Tq, words) or None
+    start,
+    end,
+    start_n,
+    first_key,
+    Tq,
+    Tk,
+    stride_dot,
+    stride_qt,
+    qk_scale,
+    keep_scale,
+    MASKED: tl.constexpr,
+    NEED_DV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = k.shape[0]
+    BLOCK_D: tl.constexpr = k.shape[1]
+    key = start_n + tl.arange(0, BLOCK_N)
+    for start_m in range(start, end, BLOCK_M):
+        row = start_m + tl.arange(0, BLOCK_M)
+        position = row + Tk - Tq
+        row_mask = row < Tq
+        if first_key is not None:
+            row_mask &= position >= first_key
+        # Everything is transposed, so that P and dS are left operands, straight from registers.
+        q = _load_tile(q_ptr, start_m, stride_qt, row_mask, BLOCK_M, D, BLOCK_D)
+        lse = tl.load(lse_ptr + row, mask=row_mask, other=float("inf")) * LOG2_E
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale - lse[None, :])
+        if MASKED:
+            p = tl.where(_visible(position[None, :], key[:, None], first_key), p, 0.0)
+        if keep_bits_ptr is not None:
+            keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, True)
+        do = _load_tile(do_ptr, start_m, stride_dot, row_mask, BLOCK_M, D, BLOCK_D)
+        if NEED_DV:
+            z = tl.where(keep, p, 0.0) if keep_bits_ptr is not None else p
+            dv = tl.dot(z.to(do.dtype), do, dv, input_precision="ieee")
+        if delta_ptr is not None:
+            delta = tl.load(delta_ptr + row, mask=row_mask, other=0.0)
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            if keep_bits_ptr is not None:
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["H", "Tq", "Tk"])
+def causal_attention_bwd_dkdv_kernel(
+    do_ptr,  # (B, Tq, H, D)
+    q_ptr,  # (B, Tq, H, D)
+    k_ptr,  # (B, Tk, H, D)
+    v_ptr,  # (B, Tk, H, D)
+    lse_ptr,  # (B, H, Tq)
+    delta_ptr,  # (B, H, Tq), None if dK is not needed
+    keep_bits_ptr,  # (B, H, Tq, words), None without dropout
+    first_key_ptr,  # (B,) or None
+    dk_ptr,  # (B, Tk, H, D) or None
+    dv_ptr,  # (B, Tk, H, D) or None
+    do_strides,  # of B, T and H
+    q_strides,
+    k_strides,
+    v_strides,
+    dk_strides,
+    dv_strides,
+    scale,
+    keep_scale,
+    H,
+    Tq,
+    Tk,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tile, batch, head = _tile_of_head(tl.cdiv(Tk, BLOCK_N), H)
+    start_n = tile * BLOCK_N
+    key = start_n + tl.arange(0, BLOCK_N)
+    key_mask = key < Tk
+    first_query = tl.maximum(start_n + Tq - Tk, 0)
+    end = Tq
+    first_key = None
+    if first_key_ptr is not None:
+        first_key = tl.load(first_key_ptr + batch)
+        key_mask &= key >= first_key
+        first_query = tl.maximum(first_query, first_key + Tq - Tk)
+        end = tl.where(start_n + BLOCK_N <= first_key, 0, Tq)  # nothing sees padding
+
+    k_ptr = _head(k_ptr, k_strides, batch, head)
+    v_ptr = _head(v_ptr, v_strides, batch, head)
+    do_ptr = _head(do_ptr, do_strides, batch, head)
+    q_ptr = _head(q_ptr, q_strides, batch, head)
+    first_row = (batch * H + head) * Tq
+    lse_ptr += first_row
+    if delta_ptr is not None:
+        delta_ptr += first_row
+    if keep_bits_ptr is not None:
+        keep_bits_ptr += first_row * tl.cdiv(Tk, 32)
+    k = _load_tile(k_ptr, start_n, k_strides[1], key_mask, BLOCK_N, D, BLOCK_D)
+    v = _load_tile(v_ptr, start_n, v_strides[1], key_mask, BLOCK_N, D, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+
+    start = first_query // BLOCK_M * BLOCK_M
+    below = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 + Tq - Tk, 0), BLOCK_M) * BLOCK_M
+    below = tl.minimum(tl.maximum(below, start), end)
+    dk, dv = _dkdv_of_queries(
+        dk, dv, k, v, do_ptr, q_ptr, lse_ptr, delta_ptr, keep_bits_ptr, start, below, start_n,
+        first_key, Tq, Tk, do_strides[1], q_strides[1], scale * LOG2_E, keep_scale,
+        True, dv_ptr is not None, D, BLOCK_M,
+    )  # fmt: skip
+    dk, dv = _dkdv_of_queries(
+        dk, dv, k, v, do_ptr, q_ptr, lse_ptr, delta_ptr, keep_bits_ptr, below, end, start_n,
+        first_key, Tq, Tk, do_strides[1], q_strides[1], scale * LOG2_E, keep_scale,
+        first_key_ptr is not None, dv_ptr is not None, D, BLOCK_M,
+    )  # fmt: skip
+    if dk_ptr is not None:
+        dk_ptr = _head(dk_ptr, dk_strides, batch, head)
+        _store_tile(dk_ptr, start_n, dk_strides[1], key < Tk, dk * scale, D)
+    if dv_ptr is not None:
+        dv_ptr = _head(dv_ptr, dv_strides, batch, head)
+        _store_tile(dv_ptr, start_n, dv_strides[1], key < Tk, dv * keep_scale, D)
+
+
+def causal_attention_fwd(
+    q: Tensor,  # (B, Tq, H, D)
+    k: Tensor,  # (B, Tk, H, D)
+    v: Tensor,  # (B, Tk, H, D)
+    keep_bits: Tensor | None,  # (B, H, Tq, words)
+    first_key: Tensor | None,  # (B,)
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return o, _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p)
+
+
+def causal_attention_bwd(
+    dout: Tensor,  # (B, Tq, H, D)
+    q: Tensor,  # (B, Tq, H, D)
+    k: Tensor,  # (B, Tk, H, D)
+    v: Tensor,  # (B, Tk, H, D)
+    out: Tensor,  # (B, Tq, H, D)
+    lse: Tensor,  # (B, H, Tq)
+    keep_bits: Tensor | None,  # (B, H, Tq, words)
+    first_key: Tensor | None,  # (B,)
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    grads = tuple(t.new_empty(t.shape if n else 0) for t, n in zip((q, k, v), needs, strict=True))
+    needed = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    _backward(dout, q, k, v, out, lse, keep_bits, first_key, *needed, scale, dropout_p)
+    return grads
+
+
+def causal_attention_qkvpacked_fwd(
+    qkv: Tensor,  # (B, T, 3C)
+    n_head: int,
+    keep_bits: Tensor | None,  # (B, H, T, words)
+    first_key: Tensor | None,  # (B,)
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _unpacked(qkv, n_head)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return o.flatten(2), _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p)
+
+
+def causal_attention_qkvpacked_bwd(
+    dout: Tensor,  # (B, T, C)
+    qkv: Tensor,  # (B, T, 3C)
+    n_head: int,
+    out: Tensor,  # (B, T, C)
+    lse: Tensor,  # (B, H, T)
+    keep_bits: Tensor | None,  # (B, H, T, words)
+    first_key: Tensor | None,  # (B,)
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    q, k, v = _unpacked(qkv, n_head)
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    _backward(
+        dout.view(q.shape), q, k, v, out.view(q.shape), lse, keep_bits, first_key,
+        *_unpacked(dqkv, n_head), scale, dropout_p,
+    )  # fmt: skip
+    return dqkv
+
+
+def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (B, T, H, D) of a packed (B, T, 3C)."""
+    return qkv.unflatten(2, (3, n_head, qkv.shape[2] // (3 * n_head))).unbind(2)
+
+
+def _strides(*tensors: Tensor | None) -> list[tuple[int, ...]]:
+    return [(0, 0, 0) if t is None else t.stride()[:3] for t in tensors]
+
+
+def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
+    B, Tq, H, D = q.shape
+    lse = q.new_empty(B, H, Tq, dtype=torch.float32)
+    if q.numel() > 0:
+        tiles = attention_fwd_tiles(D, q.itemsize)
+        launch(
+            causal_attention_fwd_kernel, (B * H * triton.cdiv(Tq, tiles.BLOCK_M),), tiles,
+            q, k, v, keep_bits, first_key, o, lse, *_strides(q, k, v, o),
+            scale, keep_scale(dropout_p), H, Tq, k.shape[1], D=D,
+        )  # fmt: skip
+    return lse
+
+
+def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, dropout_p):
+    B, Tq, H, D = q.shape
+    Tk = k.shape[1]
+    delta = None
+    if (dq is not None or dk is not None) and q.numel() > 0:
+        delta = torch.empty_like(lse)
+        tiles = attention_dq_tiles(D, q.itemsize)
+        launch(
+            causal_attention_bwd_dq_kernel, (B * H * triton.cdiv(Tq, tiles.BLOCK_M),), tiles,
+            do, q, k, v, o, lse, keep_bits, first_key, delta, dq, *_strides(q, k, v, o, dq),
+            scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
+        )  # fmt: skip
+    if (dk is not None or dv is not None) and k.numel() > 0:
+        tiles = attention_dkdv_tiles(D, q.itemsize)
+        launch(
+            causal_attention_bwd_dkdv_kernel, (B * H * triton.cdiv(Tk, tiles.BLOCK_N),), tiles,
+            do, q, k, v, lse, None if dk is None else delta, keep_bits, first_key, dk, dv,
+            *_strides(do, q, k, v, dk, dv), scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
+        )  # fmt: skip
