@@ -127,6 +127,7 @@ def reads_in_bulk(x: Tensor) -> bool:
     return (
         has_bulk_copies(x.device)
         and x.dtype != torch.float32
+        and x.numel() > 0
         and x.data_ptr() % 16 == 0
         and x.stride(1) == 1
         and x.stride(0) >= x.shape[1]

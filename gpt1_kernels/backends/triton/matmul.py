@@ -246,8 +246,6 @@ def matmul(
         b: the dtype of a, either axis contiguous.
         out: row-major, the dtype of a or fp32; fp32 if it accumulates.
     """
-    if a.shape[1] == 0:
-        return out if accumulate else out.zero_()
     if accumulate:
         product(a, b, add_product, (out,), out.stride(0))
     else:
@@ -262,7 +260,7 @@ def product(
     tensors: tuple[Tensor | None, ...],
     stride_om: int,
 ) -> None:
-    """Multiplies a and b, K > 0, and gives each tile in fp32 to an epilogue.
+    """Multiplies a and b and gives each tile in fp32 to an epilogue.
 
     Args:
         a: bf16, fp16 or fp32, either axis contiguous.
