@@ -35,7 +35,7 @@ def sum_partials_kernel(
 
 
 def sum_partials(partials: Tensor, totals: Sequence[Tensor]) -> None:
-    """Adds fp32 partials (S, P, C) over their axis 1, in a fixed order, into S totals of (C,).
+    """Adds partials (S, P, C) in fp32 over their axis 1, in a fixed order, into S totals of (C,).
 
     A sum is rounded once, to the dtype of its total.
     """

@@ -1,0 +1,133 @@
+"""The feed-forward network: six products, with GELU, biases and dGELU in their epilogues.
+
+Forward keeps the pre-activation u and lets go of gelu(u), which backward needs again, for
+dW₂ = gelu(u)ᵀ dy. The epilogue of dy W₂ᵀ, which reads u for gelu'(u), writes it beside du. At
+N = 32768, C = 768, F = 3072 in a 2-byte type an (N, F) tensor is 201 MB, and backward moves 1.2 GB
+before gelu(u) is written. The three ways:
+
+    kept by forward          no more traffic, 201 MB more memory a layer
+    written by the epilogue  201 MB more traffic, nothing kept
+    taken as dW₂ loads u     no traffic, nothing kept, but an exponential and a quotient for each
+                             element and tile of columns, in the way of the matrix units
+
+The tanh is a sigmoid: gelu_tanh(u) = ½ u (1 + tanh z) = u σ(2z), which loses no digits for small u.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpt1_kernels.backends.triton.launch import product_tiles
+from gpt1_kernels.backends.triton.matmul import matmul, product, store_product, tile_indices
+from gpt1_kernels.backends.triton.partials import sum_partials
+
+TWICE_SQRT_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
+CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _gelu_gate(u):
+    """σ(2z) with z = √(2/π) (u + 0.044715 u³)."""
+    return 1.0 / (1.0 + tl.exp(-u * (1.0 + u * u * CUBIC) * TWICE_SQRT_2_OVER_PI))
+
+
+@triton.jit
+def gelu_product(acc, first_m, first_n, M, N, stride, tensors):
+    """u = acc + bias; `tensors` is (gelu(u), bias (N,), u or None)."""
+    hidden_ptr, bias_ptr, pre_ptr = tensors
+    m, n = tile_indices(acc, first_m, first_n)
+    mask = (m < M) & (n < N)
+    offset = m * stride + n
+    acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    # Backward sees the rounded u, so the GELU is that of the rounded u.
+    pre = acc.to(hidden_ptr.dtype.element_ty)
+    if pre_ptr is not None:
+        tl.store(pre_ptr + offset, pre, mask=mask)
+    u = pre.to(tl.float32)
+    hidden = u * _gelu_gate(u)
+    tl.store(hidden_ptr + offset, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dgelu_product(acc, first_m, first_n, M, N, stride, tensors):
+    """du = acc ∘ gelu'(u); `tensors` is (u, du or None, gelu(u) or None, sums or None).
+
+    The sums of du over the rows of each tile are (M / BLOCK_M, N) in fp32.
+    """
+    pre_ptr, dpre_ptr, hidden_ptr, partial_db_ptr = tensors
+    m, n = tile_indices(acc, first_m, first_n)
+    mask = (m < M) & (n < N)
+    offset = m * stride + n
+    u = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    gate = _gelu_gate(u)
+    if hidden_ptr is not None:
+        tl.store(hidden_ptr + offset, (u * gate).to(hidden_ptr.dtype.element_ty), mask=mask)
+    if dpre_ptr is not None or partial_db_ptr is not None:
+        slope = (1.0 + u * u * (3 * CUBIC)) * TWICE_SQRT_2_OVER_PI  # of 2z
+        dpre = acc * (gate + u * slope * gate * (1.0 - gate))
+        if dpre_ptr is not None:
+            tl.store(dpre_ptr + offset, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+        if partial_db_ptr is not None:
+            partial = first_m // acc.shape[0] * N + n
+            tl.store(partial_db_ptr + partial, tl.sum(dpre, axis=0, keep_dims=True), mask=n < N)
+
+
+def gelu_ffn_fwd(
+    x: Tensor,  # (N, C)
+    w_fc: Tensor,  # (C, F)
+    b_fc: Tensor,  # (F,)
+    w_proj: Tensor,  # (F, C')
+    b_proj: Tensor | None,  # (C',)
+    save_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    hidden = x.new_empty(x.shape[0], w_fc.shape[1])
+    pre = x.new_empty(hidden.shape if save_pre else 0)
+    y = x.new_empty(x.shape[0], w_proj.shape[1])
+    product(x, w_fc, gelu_product, (hidden, b_fc, pre if save_pre else None), hidden.stride(0))
+    product(hidden, w_proj, store_product, (y, b_proj), y.stride(0))
+    return y, pre
+
+
+def gelu_ffn_bwd(
+    dy: Tensor,  # (N, C')
+    x: Tensor,  # (N, C)
+    pre: Tensor,  # (N, F)
+    w_fc: Tensor,  # (C, F)
+    w_proj: Tensor,  # (F, C')
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
+    need_dpre = need_x or need_w_fc
+    N, F = pre.shape
+    dx = x.new_empty(x.shape if need_x else 0)
+    dw_fc = w_fc.new_empty(w_fc.shape if need_w_fc else 0)
+    db_fc = pre.new_empty(F if need_b_fc else 0, dtype=torch.float32)
+    dw_proj = w_proj.new_empty(w_proj.shape if need_w_proj else 0)
+    db_proj = dy.new_empty(dy.shape[1] if need_b_proj else 0, dtype=torch.float32)
+    dpre = torch.empty_like(pre) if need_dpre else None
+    hidden = torch.empty_like(pre) if need_w_proj else None
+    partial_db = None
+    if need_b_fc:
+        row_tiles = triton.cdiv(N, product_tiles(pre.dtype, pre.device).BLOCK_M)
+        partial_db = pre.new_empty(row_tiles, F, dtype=torch.float32)
+
+    if need_dpre or need_b_fc or need_w_proj:
+        # Where only gelu(u) is needed, a product without terms leaves just the epilogue.
+        C = dy.shape[1] if need_dpre or need_b_fc else 0
+        product(dy[:, :C], w_proj[:, :C].t(), dgelu_product, (pre, dpre, hidden, partial_db), F)
+    if need_b_fc:
+        sum_partials(partial_db[None], [db_fc])
+    if need_w_proj:
+        matmul(hidden.t(), dy, dw_proj)
+    if need_w_fc:
+        matmul(x.t(), dpre, dw_fc)
+    if need_x:
+        matmul(dpre, w_fc.t(), dx)
+    if need_b_proj:
+        sum_partials(dy[None], [db_proj])
+    return dx, dw_fc, db_fc, dw_proj, db_proj
