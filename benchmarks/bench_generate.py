@@ -1,7 +1,7 @@
 """Greedy decoding on the CPU against `transformers`, which has no key/value cache for GPT-1.
 
 256 new tokens after a prompt of 16, one sequence, fp32, random weights. Both models must give the
-same tokens before either is timed. Without --benchmark-enable a tiny model runs once instead.
+same tokens before either is timed. With --benchmark-disable a tiny model runs once instead.
 """
 
 import tempfile
