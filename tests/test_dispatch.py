@@ -64,11 +64,12 @@ def test_backward_runs_where_forward_ran(launches):
     assert launches["triton", "layer_norm_bwd_kernel"] == 1
 
 
-def test_a_backend_without_a_kernel_says_so_and_does_not_fall_back():
-    h = torch.randn(3, 16, device=DEVICE)
-    message = "gelu_ffn: backend 'triton' was asked for but it has no kernel for gelu_ffn"
+def test_a_backend_without_a_kernel_says_so_and_does_not_fall_back(monkeypatch):
+    monkeypatch.setitem(backends.OPS, "layer_norm", "a_module_that_no_backend_has")
+    monkeypatch.setattr(backends, "unavailable_reason", backends.unavailable_reason.__wrapped__)
+    message = "layer_norm: backend 'triton' was asked for but it has no kernel for layer_norm"
     with use_backend("triton"), pytest.raises(ValueError, match=message):
-        ops.gelu_ffn(h, h.t(), h[0, :3], h)
+        layer_norm()
 
 
 @pytest.mark.parametrize("head_size", [128, 129])

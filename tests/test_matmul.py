@@ -122,8 +122,11 @@ def test_out_with_gaps_between_its_rows_keeps_them():
     assert not memory[:, 70:].any()
 
 
-def test_without_terms_the_product_is_zero():
-    a, b = torch.empty(5, 0, device=DEVICE), torch.empty(0, 7, device=DEVICE)
+@PATHS
+def test_without_terms_the_product_is_zero(bulk, on_path):
+    on_path(bulk)
+    a = torch.empty(5, 0, dtype=BF16, device=DEVICE)
+    b = torch.empty(0, 7, dtype=BF16, device=DEVICE)
     out = torch.ones(5, 7, device=DEVICE)
     assert torch.equal(matmul(a, b, out, accumulate=True), torch.ones_like(out))
     assert not matmul(a, b, out).any()

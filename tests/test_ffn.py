@@ -1,0 +1,111 @@
+"""The feed-forward network, beyond the calls that all ops are tested with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gpt1_kernels import backends, ops, use_backend
+from gpt1_kernels.numerics import assert_close
+from tests.cases import (
+    DTYPES,
+    backends_of,
+    cast,
+    check_parity,
+    gelu_ffn,
+    on_backends,
+    oracle_of,
+    results,
+    upstream,
+)
+
+SMALL = gelu_ffn("small", 20, 24, 40)
+SHAPES = [
+    gelu_ffn("no-multiple-of-a-tile", 131, 67, 201),
+    gelu_ffn("one-row", 1, 96, 384),
+    gelu_ffn("two-tiles-of-rows", 130, 96, 384, b_proj=False),
+]
+GPT1_WIDTH = gelu_ffn("gpt1-width", 33, 768, 768, b_proj=False)
+
+
+def column_major(w):
+    """As the weight of an `nn.Linear` is through `.t()`."""
+    return w.t().contiguous().t()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_backends(SHAPES)
+def test_shapes(case, backend, dtype):
+    check_parity(case, backend, dtype)
+
+
+@on_backends([GPT1_WIDTH])
+def test_gpt1_width(case, backend):
+    check_parity(case, backend, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [("w_fc",), ("w_proj",), ("w_fc", "w_proj")], ids="+".join)
+@pytest.mark.parametrize("backend", backends_of("gelu_ffn"))
+def test_weights_of_linear_layers_are_read_through_t(backend, transposed, dtype):
+    def fused(**inputs):
+        for name in transposed:
+            inputs[name] = column_major(inputs[name])
+        return ops.gelu_ffn(**inputs)
+
+    check_parity(replace(SMALL, fused=fused), backend, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # to the right infinity
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 30.0])
+@pytest.mark.parametrize("backend", backends_of("gelu_ffn"))
+def test_gelu_keeps_its_digits_near_zero_and_where_it_saturates(backend, scale, dtype):
+    scaled = {k: x * scale if k in ("x", "b_fc") else x for k, x in SMALL.inputs.items()}
+    check_parity(replace(SMALL, inputs=scaled), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", backends_of("gelu_ffn"))
+def test_the_pre_activation_is_kept_only_for_backward(backend):
+    inputs = cast(SMALL, torch.bfloat16, torch.float32).values()
+    forward = backends.kernel(backend, "gelu_ffn", "gelu_ffn_fwd")
+    (y, pre), (y_alone, nothing) = forward(*inputs, True), forward(*inputs, False)
+    assert pre.shape == (20, 40)
+    assert nothing.numel() == 0
+    assert torch.equal(y, y_alone)
+
+
+@pytest.mark.skipif("triton" not in backends_of("gelu_ffn"), reason="needs the Triton backend")
+@pytest.mark.parametrize(
+    ("needed", "products", "sums"),
+    [
+        ("x", 2, 0),
+        ("w_fc", 2, 0),
+        ("b_fc", 1, 1),
+        ("w_proj", 2, 0),
+        ("b_proj", 0, 1),
+        ("x w_fc b_fc w_proj b_proj", 4, 2),
+    ],
+)
+def test_backward_launches_what_is_needed(needed, products, sums, launches):
+    inputs = {k: x.clone().requires_grad_(k in needed.split()) for k, x in SMALL.inputs.items()}
+    with use_backend("triton"):
+        y = ops.gelu_ffn(**inputs)
+        assert launches.pop(("triton", "matmul_kernel")) == 2
+        y.sum().backward()
+    assert launches["triton", "matmul_kernel"] == products
+    assert launches["triton", "sum_partials_kernel"] == sums
+
+
+@pytest.mark.skipif("triton" not in backends_of("gelu_ffn"), reason="needs the Triton backend")
+def test_where_only_the_last_weight_is_trained_no_other_product_is_computed():
+    """gelu(u) is an epilogue's, of a product without terms: a weight of NaN leaves no trace."""
+    backward = backends.kernel("triton", "gelu_ffn", "gelu_ffn_bwd")
+    inputs, dout = cast(SMALL, torch.float32, torch.float32), upstream(SMALL, torch.float32)
+    pre = inputs["x"] @ inputs["w_fc"] + inputs["b_fc"]
+    nan = torch.full_like(inputs["w_proj"], torch.nan)
+    needs = [False, False, False, True, False]
+    dw_proj = backward(dout, inputs["x"], pre, inputs["w_fc"], nan, needs)[3]
+    plain = results(SMALL.reference, inputs, dout)["w_proj"]
+    oracle = oracle_of(SMALL, inputs, dout)["w_proj"]
+    assert_close("w_proj", dw_proj, plain, oracle, torch.float32)
