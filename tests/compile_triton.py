@@ -18,9 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gpt1_kernels.backends.triton import dropout, layer_norm, partials
+from gpt1_kernels.backends.triton import dropout, embedding, layer_norm, partials
 
-N, C, T, HEADS = 32768, 768, 512, 12
+N, C, T, V, HEADS = 32768, 768, 512, 40478, 12
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -50,6 +50,12 @@ def launch_all(dtype: torch.dtype) -> None:
     layer_norm.dropout_add_layer_norm_fwd(x, x, w, w, w, seed, 1e-5, 0.1, 0, True)
     layer_norm.dropout_add_layer_norm_bwd(x, x, w, stat, stat, seed, 0.1, 0, [True] * 5)
     dropout.dropout_mask(seed, (1, HEADS, T, T), 0.1, 0, True)
+    ids, tables = torch.zeros(N // T, T, dtype=torch.int64), (w.new_empty(V, C), w.new_empty(T, C))
+    for chosen in (None, ids):  # positions by order, and given; no types, and types
+        embedding.embedding_fwd(ids, *tables, chosen, chosen, seed, 0.1, 0, dtype)
+        embedding.embedding_bwd(
+            x.view(N // T, T, C), ids, chosen, chosen, seed, 0.1, 0, V, T, dtype, [True] * 2
+        )
 
 
 def occupied(cubin: bytes) -> dict[str, int]:
@@ -80,7 +86,7 @@ def main(capability: int) -> None:
             }
         )
 
-    for module in (dropout, layer_norm, partials):
+    for module in (dropout, embedding, layer_norm, partials):
         module.launch = compile_only
     for dtype in (torch.bfloat16, torch.float32):
         launch_all(dtype)

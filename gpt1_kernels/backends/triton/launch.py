@@ -46,6 +46,16 @@ class PartialTiles:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class ChunkTiles:
+    """Chunks of CHUNK rows, read in tiles of BLOCK_N whole rows, each in BLOCK_C ≥ C columns."""
+
+    CHUNK: int
+    BLOCK_N: int
+    BLOCK_C: int
+    num_warps: int
+
+
 @cache
 def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     """Whole rows in registers: 4 warps, and more once a single row exceeds their share."""
@@ -55,11 +65,20 @@ def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     return RowTiles(BLOCK_N, BLOCK_C, num_warps)
 
 
+@cache
+def chunk_tiles(C: int) -> ChunkTiles:
+    """Chunks that leave a partial sum every 64 rows, with 32 elements a thread in flight."""
+    return ChunkTiles(CHUNK=64, **vars(row_tiles(C, elements_per_thread=32)))
+
+
 BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
 """A thread stores four words, 16 bytes; tiles of 128 rows leave little to waste at the diagonal."""
 
 PARTIAL_TILES = PartialTiles(BLOCK_P=256, BLOCK_C=16, num_warps=4)
 """Narrow, so that 768 columns of up to three gradients occupy every processor."""
+
+RUN_TILES = PartialTiles(BLOCK_P=64, BLOCK_C=64, num_warps=4)
+"""Wide, since most programs find no run to add up; narrow enough to share out the longest run."""
 
 
 def resident_programs(tiles: int, per_processor: int, device: torch.device) -> int:
