@@ -114,7 +114,7 @@ def _undropped(
 @triton.jit(do_not_specialize=["M", "N", "V", "threshold", "row_offset"])
 def embedding_bwd_kernel(
     dout_ptr,  # (N, C)
-    sorted_ids_ptr,  # (M,), M a multiple of N: each row of dout goes to M / N table rows
+    sorted_ids_ptr,  # (M,), M is N, or 2N where a token type reads a second row
     order_ptr,  # (M,), where the sorted ids came from
     seed_ptr,  # (2,), None without dropout
     dw_ptr,  # (V, C)
@@ -141,7 +141,8 @@ def embedding_bwd_kernel(
     for start in range(first, end, BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
         index_mask = index < end
-        row = tl.load(order_ptr + index, mask=index_mask, other=0) % N
+        row = tl.load(order_ptr + index, mask=index_mask, other=0)
+        row = tl.where(row < N, row, row - N)
         gradient = _undropped(
             dout_ptr, seed_ptr, row, index_mask, column, threshold, keep_scale, row_offset,
             C, BLOCK_C,
