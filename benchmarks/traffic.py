@@ -14,7 +14,7 @@ PyTorch, such as zeros or sorting, counts as reading each input and writing each
 
 GPT-1's training shape is too large to interpret. Once there are enough rows to occupy the grid of
 the chip, 132 processors, its size is constant, and more sequences only lengthen the programs'
-loops: bytes are a + b · B exactly. They are counted at two batch sizes B and continued to B = 64.
+loops: bytes are a + b · B exactly. They are counted at two small B and continued to B = 64.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from benchmarks import roofline
 from benchmarks.roofline import SECTOR, Floor
 from gpt1_kernels.backends import kernel
 from gpt1_kernels.backends.triton import launch as launching
+from gpt1_kernels.errors import error_record
 
 PROCESSORS = 132
 PROGRAMS = 8 * PROCESSORS  # of a LayerNorm's grid
@@ -139,19 +140,20 @@ class Call:
     """A kernel-level call of an op.
 
     `prepare(B)` makes the inputs and returns what runs it; `floor(B)` is its floor. It is counted
-    at the batch sizes `first` and `first + 1`, from which on the grid grows no more.
+    at two batch sizes from which on the grid grows no more; an op of rows takes part of a sequence.
     """
 
-    prepare: Callable[[int], Callable[[], object]]
+    prepare: Callable[[float], Callable[[], object]]
     floor: Callable[[int], Floor]
-    first: int
+    counted_at: tuple[float, float]
 
 
-def _layer_norm(op: str, direction: str, *, dropout: bool) -> Callable[[int], Callable]:
-    def prepare(B: int):
-        x, other = torch.randn(2, B * T, C, dtype=DTYPE)
+def _layer_norm(op: str, direction: str, *, dropout: bool) -> Callable[[float], Callable]:
+    def prepare(B: float):
+        N = round(B * T)
+        x, other = torch.randn(2, N, C, dtype=DTYPE)
         w, b, x_bias = torch.randn(3, C, dtype=DTYPE)
-        mean, rstd = torch.ones(2, B * T)
+        mean, rstd = torch.ones(2, N)
         seed = torch.zeros(2, dtype=torch.int64)
         run = kernel("triton", op, f"{op}_{direction}")
         if direction == "fwd":
@@ -175,6 +177,7 @@ def _embedding(direction: str) -> Callable[[int], Callable]:
     """All ids differ, the most that can be asked of the tables."""
 
     def prepare(B: int):
+        error_record("embedding", V, torch.device("cpu"))  # made once, not in every call
         ids = torch.randperm(V, generator=torch.Generator().manual_seed(0))[: B * T].view(B, T)
         seed = torch.zeros(2, dtype=torch.int64)
         run = kernel("triton", "embedding", f"embedding_{direction}")
@@ -198,29 +201,33 @@ CALLS = {
     "layer_norm_fwd": Call(
         _layer_norm("layer_norm", "fwd", dropout=False),
         lambda B: roofline.layer_norm_fwd(B * T, C, S, S),
-        first=5,
+        counted_at=(4.25, 4.375),
     ),
     "layer_norm_bwd": Call(
         _layer_norm("layer_norm", "bwd", dropout=False),
         lambda B: roofline.layer_norm_bwd(B * T, C, S, S, PROGRAMS),
-        first=3,
+        counted_at=(2.125, 2.25),
     ),
     "dropout_add_layer_norm_fwd": Call(
         _layer_norm("dropout_add_layer_norm", "fwd", dropout=True),
         lambda B: roofline.dropout_add_layer_norm_fwd(B * T, C, S, S),
-        first=5,
+        counted_at=(4.25, 4.375),
     ),
     "dropout_add_layer_norm_bwd": Call(
         _layer_norm("dropout_add_layer_norm", "bwd", dropout=True),
         lambda B: roofline.dropout_add_layer_norm_bwd(B * T, C, S, S, PROGRAMS),
-        first=3,
+        counted_at=(2.125, 2.25),
     ),
-    "dropout_mask": Call(_dropout_mask, lambda B: roofline.dropout_mask(B, H, T), first=1),
+    "dropout_mask": Call(
+        _dropout_mask, lambda B: roofline.dropout_mask(B, H, T), counted_at=(1, 2)
+    ),
     "embedding_fwd": Call(
-        _embedding("fwd"), lambda B: roofline.embedding_fwd(B * T, T, C, S, read=B * T), first=4
+        _embedding("fwd"),
+        lambda B: roofline.embedding_fwd(B * T, T, C, S, read=B * T),
+        counted_at=(4, 5),
     ),
     "embedding_bwd": Call(
-        _embedding("bwd"), lambda B: roofline.embedding_bwd(B * T, V, T, C, S), first=1
+        _embedding("bwd"), lambda B: roofline.embedding_bwd(B * T, V, T, C, S), counted_at=(1, 2)
     ),
 }
 
@@ -232,7 +239,7 @@ def _any_bits(seed, block, row, step, site, n_rounds):
 
 
 @cache
-def count(name: str, B: int) -> tuple[int, int]:
+def count(name: str, B: float) -> tuple[int, int]:
     """(compulsory, issued) bytes of a call at a batch size, on 132 processors."""
     run = CALLS[name].prepare(B)
     with grid_of(PROCESSORS), mock.patch.object(tl, "philox", _any_bits), counting() as traffic:
@@ -242,9 +249,10 @@ def count(name: str, B: int) -> tuple[int, int]:
 
 def measure(name: str) -> tuple[int, int, int]:
     """(compulsory, issued, floor) bytes of a call at GPT-1's training shape, B = 64."""
-    first = CALLS[name].first
-    counts = zip(count(name, first), count(name, first + 1), strict=True)
-    compulsory, issued = (a + (b - a) * (BATCH - first) for a, b in counts)
+    first, second = CALLS[name].counted_at
+    steps = round((BATCH - second) / (second - first))
+    counts = zip(count(name, first), count(name, second), strict=True)
+    compulsory, issued = (b + (b - a) * steps for a, b in counts)
     return compulsory, issued, CALLS[name].floor(BATCH).bytes
 
 
