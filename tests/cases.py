@@ -198,7 +198,7 @@ def embedding(
     name = f"embedding-{path}"
     generator = _generator(name, 2)
     drawn = torch.randint(V, (2, B, T), generator=generator)
-    ids = (drawn[0] if ids is None else torch.full((B, T), ids)).to(DEVICE)
+    ids = (drawn[0] if ids is None else torch.as_tensor(ids).expand(B, T)).to(DEVICE)
     token_type_ids = drawn[1].to(DEVICE) if types else None
     position_ids = torch.arange(T, device=DEVICE)
     keep = _keep(p, B, T, C)

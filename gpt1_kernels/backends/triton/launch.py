@@ -75,6 +75,16 @@ class ProductTiles:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class ChunkTiles:
+    """Chunks of CHUNK rows, read in tiles of BLOCK_N whole rows, each in BLOCK_C ≥ C columns."""
+
+    CHUNK: int
+    BLOCK_N: int
+    BLOCK_C: int
+    num_warps: int
+
+
 @cache
 def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     """Whole rows in registers: 4 warps, and more once a single row exceeds their share."""
@@ -122,11 +132,20 @@ def _head_columns(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
+@cache
+def chunk_tiles(C: int) -> ChunkTiles:
+    """Chunks that leave a partial sum every 64 rows, with 32 elements a thread in flight."""
+    return ChunkTiles(CHUNK=64, **vars(row_tiles(C, elements_per_thread=32)))
+
+
 BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
 """A thread stores four words, 16 bytes; tiles of 128 rows leave little to waste at the diagonal."""
 
 PARTIAL_TILES = PartialTiles(BLOCK_P=256, BLOCK_C=16, num_warps=4)
 """Narrow, so that 768 columns of up to three gradients occupy every processor."""
+
+RUN_TILES = PartialTiles(BLOCK_P=64, BLOCK_C=64, num_warps=4)
+"""Wide, since most programs find no run to add up; narrow enough to share out the longest run."""
 
 
 EXACT_TILES = ProductTiles(64, 64, 16, GROUP_M=8, num_warps=4, num_stages=3)

@@ -1,0 +1,268 @@
+"""Bytes that the Triton kernels move, counted without a GPU: exact, so any change is a change.
+
+    python -m benchmarks.traffic
+
+Triton's interpreter executes the kernels, and every load and store reports the 32-byte sectors of
+global memory that it touches:
+
+compulsory  distinct sectors of a launch, reads and writes apart: what must cross the memory bus
+            even if the caches forget nothing within a launch and everything between two
+issued      distinct sectors of each load or store of each program, summed: what the kernel asks for
+
+Both are given in bytes and over the floor of `benchmarks.roofline`. Work that a launcher leaves to
+PyTorch, such as zeros or sorting, counts as reading each input and writing each output once.
+
+GPT-1's training shape is too large to interpret. Once there are enough rows to occupy the grid of
+the chip, 132 processors, its size is constant, and more sequences only lengthen the programs'
+loops: bytes are a + b · B exactly. They are counted at two small B and continued to B = 64.
+"""
+
+from __future__ import annotations
+
+import os
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from benchmarks import roofline
+from benchmarks.roofline import SECTOR, Floor
+from gpt1_kernels.backends import kernel
+from gpt1_kernels.backends.triton import launch as launching
+from gpt1_kernels.errors import error_record
+
+PROCESSORS = 132
+PROGRAMS = 8 * PROCESSORS  # of a LayerNorm's grid
+BATCH, T, C, H, V = 64, 512, 768, 12, 40478
+DTYPE, S = torch.bfloat16, 2
+
+
+@dataclass
+class Traffic:
+    """Bytes of the launches in a `counting` context."""
+
+    compulsory: int = 0
+    issued: int = 0
+    _read: list[np.ndarray] = field(default_factory=list, repr=False)
+    _written: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    def access(self, sectors: list[np.ndarray], pointers, mask) -> None:
+        touched = np.unique(
+            pointers.data[np.broadcast_to(mask.data, pointers.data.shape)] // SECTOR
+        )
+        sectors.append(touched)
+        self.issued += SECTOR * touched.size
+
+    def end_launch(self) -> None:
+        for sectors in (self._read, self._written):
+            self.compulsory += SECTOR * np.unique(np.concatenate([*sectors, []])).size
+            sectors.clear()
+
+    def moved(self, bytes: int) -> None:
+        self.compulsory += bytes
+        self.issued += bytes
+
+
+class _AroundKernels(TorchDispatchMode):
+    """Counts what PyTorch's own ops read and write; views and uninitialised memory cost nothing."""
+
+    def __init__(self, traffic: Traffic):
+        super().__init__()
+        self.traffic = traffic
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        aliases = [r.alias_info for r in function._schema.returns if r.alias_info is not None]
+        if "empty" not in name and all(alias.is_write for alias in aliases):
+            made = "new_" in name or "_like" in name
+            moved = tree_leaves([[] if made else args, [] if aliases else out])
+            self.traffic.moved(sum(t.nbytes for t in moved if isinstance(t, torch.Tensor)))
+        return out
+
+
+@contextmanager
+def counting() -> Iterator[Traffic]:
+    """Counts, on the interpreter, the traffic of all launches inside."""
+    traffic = Traffic()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    run = GridExecutor.__call__
+
+    # The further arguments, hints to a cache, differ between versions of Triton.
+    def create_masked_load(self, pointers, mask, *rest, **hints):
+        traffic.access(traffic._read, pointers, mask)
+        return load(self, pointers, mask, *rest, **hints)
+
+    def create_masked_store(self, pointers, value, mask, *rest, **hints):
+        traffic.access(traffic._written, pointers, mask)
+        return store(self, pointers, value, mask, *rest, **hints)
+
+    def execute(self, *args, **kwargs):
+        with torch.utils._python_dispatch._disable_current_modes():  # for the interpreter's copies
+            run(self, *args, **kwargs)
+        traffic.end_launch()
+
+    with (
+        mock.patch.multiple(
+            InterpreterBuilder,
+            create_masked_load=create_masked_load,
+            create_masked_store=create_masked_store,
+        ),
+        mock.patch.object(GridExecutor, "__call__", execute),
+        _AroundKernels(traffic),
+    ):
+        yield traffic
+
+
+@contextmanager
+def grid_of(processors: int) -> Iterator[None]:
+    """Launches as on a chip of so many processors."""
+    with mock.patch.object(launching, "INTERPRETED_PROCESSORS", processors):
+        launching.processors.cache_clear()
+        yield
+    launching.processors.cache_clear()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel-level call of an op.
+
+    `prepare(B)` makes the inputs and returns what runs it; `floor(B)` is its floor. It is counted
+    at two batch sizes from which on the grid grows no more; an op of rows takes part of a sequence.
+    """
+
+    prepare: Callable[[float], Callable[[], object]]
+    floor: Callable[[int], Floor]
+    counted_at: tuple[float, float]
+
+
+def _layer_norm(op: str, direction: str, *, dropout: bool) -> Callable[[float], Callable]:
+    def prepare(B: float):
+        N = round(B * T)
+        x, other = torch.randn(2, N, C, dtype=DTYPE)
+        w, b, x_bias = torch.randn(3, C, dtype=DTYPE)
+        mean, rstd = torch.ones(2, N)
+        seed = torch.zeros(2, dtype=torch.int64)
+        run = kernel("triton", op, f"{op}_{direction}")
+        if direction == "fwd":
+            args = (
+                (x, other, w, b, x_bias, seed, 1e-5, 0.1, 0, True) if dropout else (x, w, b, 1e-5)
+            )
+        else:
+            drops = (seed, 0.1, 0) if dropout else ()
+            args = (x, other, w, mean, rstd, *drops, [True] * (5 if dropout else 3))
+        return lambda: run(*args)
+
+    return prepare
+
+
+def _dropout_mask(B: int):
+    run, seed = kernel("triton", "dropout_mask", "dropout_mask"), torch.zeros(2, dtype=torch.int64)
+    return lambda: run(seed, (B, H, T, T), 0.1, 0, True)
+
+
+def _embedding(direction: str) -> Callable[[int], Callable]:
+    """All ids differ, the most that can be asked of the tables."""
+
+    def prepare(B: int):
+        error_record("embedding", V, torch.device("cpu"))  # made once, not in every call
+        ids = torch.randperm(V, generator=torch.Generator().manual_seed(0))[: B * T].view(B, T)
+        seed = torch.zeros(2, dtype=torch.int64)
+        run = kernel("triton", "embedding", f"embedding_{direction}")
+        if direction == "fwd":
+            tables = torch.randn(V, C, dtype=DTYPE), torch.randn(T, C, dtype=DTYPE)
+            args = (ids, *tables, None, None, seed, 0.1, 0, DTYPE)
+        else:
+            dout = torch.randn(B, T, C, dtype=DTYPE)
+            args = (dout, ids, None, None, seed, 0.1, 0, V, T, DTYPE, [True] * 2)
+
+        def unchecked():  # a GPU does not check ids before the launch
+            with mock.patch("gpt1_kernels.backends.triton.embedding.check_ids"):
+                run(*args)
+
+        return unchecked
+
+    return prepare
+
+
+CALLS = {
+    "layer_norm_fwd": Call(
+        _layer_norm("layer_norm", "fwd", dropout=False),
+        lambda B: roofline.layer_norm_fwd(B * T, C, S, S),
+        counted_at=(4.25, 4.375),
+    ),
+    "layer_norm_bwd": Call(
+        _layer_norm("layer_norm", "bwd", dropout=False),
+        lambda B: roofline.layer_norm_bwd(B * T, C, S, S, PROGRAMS),
+        counted_at=(2.125, 2.25),
+    ),
+    "dropout_add_layer_norm_fwd": Call(
+        _layer_norm("dropout_add_layer_norm", "fwd", dropout=True),
+        lambda B: roofline.dropout_add_layer_norm_fwd(B * T, C, S, S),
+        counted_at=(4.25, 4.375),
+    ),
+    "dropout_add_layer_norm_bwd": Call(
+        _layer_norm("dropout_add_layer_norm", "bwd", dropout=True),
+        lambda B: roofline.dropout_add_layer_norm_bwd(B * T, C, S, S, PROGRAMS),
+        counted_at=(2.125, 2.25),
+    ),
+    "dropout_mask": Call(
+        _dropout_mask, lambda B: roofline.dropout_mask(B, H, T), counted_at=(1, 2)
+    ),
+    "embedding_fwd": Call(
+        _embedding("fwd"),
+        lambda B: roofline.embedding_fwd(B * T, T, C, S, read=B * T),
+        counted_at=(4, 5),
+    ),
+    "embedding_bwd": Call(
+        _embedding("bwd"), lambda B: roofline.embedding_bwd(B * T, V, T, C, S), counted_at=(1, 2)
+    ),
+}
+
+
+def _any_bits(seed, block, row, step, site, n_rounds):
+    """Four words in the place of Philox's: drawing them moves no bytes, and takes the most time."""
+    word = block + row
+    return word, word, word, word
+
+
+@cache
+def count(name: str, B: float) -> tuple[int, int]:
+    """(compulsory, issued) bytes of a call at a batch size, on 132 processors."""
+    run = CALLS[name].prepare(B)
+    with grid_of(PROCESSORS), mock.patch.object(tl, "philox", _any_bits), counting() as traffic:
+        run()
+    return traffic.compulsory, traffic.issued
+
+
+def measure(name: str) -> tuple[int, int, int]:
+    """(compulsory, issued, floor) bytes of a call at GPT-1's training shape, B = 64."""
+    first, second = CALLS[name].counted_at
+    steps = round((BATCH - second) / (second - first))
+    counts = zip(count(name, first), count(name, second), strict=True)
+    compulsory, issued = (b + (b - a) * steps for a, b in counts)
+    return compulsory, issued, CALLS[name].floor(BATCH).bytes
+
+
+def main() -> None:
+    print(f"{'B = 64, T = 512':28}{'compulsory':>14}{'issued':>14}{'floor':>14}{'ratios':>16}")
+    for name in CALLS:
+        compulsory, issued, floor = measure(name)
+        ratios = f"{compulsory / floor:8.4f}{issued / floor:8.4f}"
+        print(f"{name:28}{compulsory:14,}{issued:14,}{floor:14,}{ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The bytes that kernels move, exactly: a kernel that moves more fails here, without a GPU."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("bytes are counted on Triton's interpreter", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from benchmarks import traffic
+from benchmarks.traffic import counting
+
+
+class Pin(NamedTuple):
+    """Bytes at GPT-1's training shape; what they may be over the floor, set by other reasons."""
+
+    compulsory: int
+    issued: int
+    issued_limit: float
+    compulsory_limit: float = 1.02
+
+
+EXPECTED = {
+    "layer_norm_fwd": Pin(100_928_512, 104_955_904, 1.05),
+    "layer_norm_bwd": Pin(164_240_896, 167_696_384, 1.10),
+    "dropout_add_layer_norm_fwd": Pin(201_593_376, 208_289_792, 1.05),
+    "dropout_add_layer_norm_bwd": Pin(221_066_784, 226_619_392, 1.10),
+    # A store holds half a sector of bits, and a tile reads the seed for every eight columns.
+    "dropout_mask": Pin(18_874_400, 33_423_360, 1.78),
+    "embedding_fwd": Pin(101_711_904, 105_381_888, 1.05),
+    # One order of reading dout serves the positions, another the ids; and each table row that was
+    # read is written twice, as zeros first.
+    "embedding_bwd": Pin(216_609_792, 218_000_832, 1.93, 1.91),
+}
+
+
+@pytest.mark.parametrize("name", traffic.CALLS)
+def test_traffic_of_gpt1(name):
+    """Counted bytes over the floor: pinned exactly, and within the limits."""
+    compulsory, issued, floor = traffic.measure(name)
+    pin = EXPECTED[name]
+    assert (compulsory, issued) == (pin.compulsory, pin.issued)
+    assert floor * 0.999 <= compulsory <= pin.compulsory_limit * floor
+    assert compulsory <= issued <= pin.issued_limit * floor
+
+
+def test_bytes_are_linear_in_the_batch():
+    one, two, three = (traffic.count("dropout_mask", B) for B in (1, 2, 3))
+    assert three == tuple(2 * b - a for a, b in zip(one, two, strict=True))
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, N, stride, READS: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < N
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in tl.static_range(READS):
+        total += tl.load(x_ptr + index * stride, mask=mask, other=0.0)
+    tl.store(y_ptr + index, total, mask=mask)
+
+
+@triton.jit
+def descriptor_kernel(x_desc, y_desc, BLOCK: tl.constexpr):
+    y_desc.store([0, 0], x_desc.load([0, 0]))
+
+
+def copied(N: int, stride: int, reads: int) -> tuple[int, int]:
+    x, y = torch.zeros(N * stride), torch.zeros(N)
+    with counting() as counted:
+        copy_kernel[(triton.cdiv(N, 64),)](x, y, N, stride, reads, 64)
+    return counted.compulsory, counted.issued
+
+
+def test_a_planted_second_read_is_issued_twice_and_compulsory_once():
+    assert copied(256, 1, reads=1) == (2048, 2048)
+    assert copied(256, 1, reads=2) == (2048, 3072)
+
+
+def test_whole_sectors_count_and_masked_elements_do_not():
+    assert copied(66, 1, reads=1) == (2 * 9 * 32, 2 * 9 * 32)
+    assert copied(64, 8, reads=1) == (64 * 32 + 256, 64 * 32 + 256)
+
+
+def test_a_descriptor_counts_what_lies_inside_the_tensor():
+    x, y = torch.ones(20, 32), torch.zeros(20, 32)
+    with counting() as counted:
+        tile = [32, 32]
+        descriptors = (TensorDescriptor.from_tensor(t, tile) for t in (x, y))
+        descriptor_kernel[(1,)](*descriptors, BLOCK=32)
+    assert torch.equal(x, y)
+    assert (counted.compulsory, counted.issued) == (2 * x.nbytes, 2 * x.nbytes)
+
+
+def test_two_launches_share_nothing():
+    x, y = torch.zeros(64), torch.zeros(64)
+    with counting() as counted:
+        for _ in range(2):
+            copy_kernel[(1,)](x, y, 64, 1, 1, 64)
+    assert counted.compulsory == 2 * (x.nbytes + y.nbytes)
+
+
+def test_what_pytorch_does_around_a_kernel_counts():
+    x = torch.ones(3, 8)
+    with counting() as counted:
+        x.new_empty(100)
+        x.view(24)[2:]
+        assert counted.issued == 0
+        x.new_zeros(50)
+        assert counted.issued == 200
+        torch.cat([x, x])
+        assert counted.issued == 200 + 2 * 2 * x.nbytes
+        x.zero_()
+    assert counted.issued == counted.compulsory == 200 + 5 * x.nbytes

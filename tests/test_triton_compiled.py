@@ -1,0 +1,134 @@
+"""What Triton compiles for chips that are not here, and how often it compiles.
+
+The kernels are those that the ops launch at GPT-1's shapes; `compile_triton.py` compiles them, in a
+process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+WIDE_SHARE = 0.95
+MATRIX_UNIT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+MULTIPLYING = {
+    "causal_attention_bwd_dkdv_kernel",
+    "causal_attention_bwd_dq_kernel",
+    "causal_attention_fwd_kernel",
+    "matmul_kernel",
+    "split_matmul_kernel",
+}
+"""The kernels that must use the matrix units, but for fp32, which those do not compute."""
+
+NARROW = {
+    "dropout_mask_kernel": (2, "the seed, two words that all threads share"),
+    "layer_norm_fwd_kernel": (4, "mean and rstd, one number a row; the seed"),
+    "layer_norm_bwd_kernel": (4, "mean and rstd, one number a row; the seed"),
+    "causal_attention_fwd_kernel": (13, "words of dropout bits, one a row"),
+    "causal_attention_bwd_dq_kernel": (10, "words of dropout bits, one a row"),
+    "causal_attention_bwd_dkdv_kernel": (15, "words of dropout bits, lse and delta, one a row"),
+    "matmul_kernel": (32, "an epilogue's bias or sums, one a column"),
+    "embedding_fwd_kernel": (20, "three ids a row, each with its record of errors; the seed"),
+    "embedding_bwd_kernel": (12, "an id and an index a row; the seed"),
+    "embedding_bwd_runs_kernel": (9, "an id a partial sum"),
+}
+"""Exempt from WIDE_SHARE: how many narrow accesses a kernel's loops may hold, and what they are."""
+
+
+@cache
+def compiled(what: str, capability: int, *dtype: str):
+    """What `compile_triton.py` prints."""
+    script = Path(__file__).with_name("compile_triton.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(script), what, str(capability), *dtype],
+        env={**environment, "PYTHONPATH": str(script.parents[1])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def narrow_accesses(row) -> list[int]:
+    """The accesses of less than 16 bytes, if they move more than they may beside the wide ones."""
+    narrow = [n for n in row["accesses"] if n < 16]
+    return narrow if sum(narrow) > (1 - WIDE_SHARE) * sum(row["accesses"]) else []
+
+
+on_each_chip = pytest.mark.parametrize("capability", list(MATRIX_UNIT))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow),
+              pytest.param("float16", marks=pytest.mark.slow)]
+)  # fmt: skip
+@on_each_chip
+def test_kernels_fit_their_chip(capability, dtype):
+    rows = compiled("code", capability, dtype)
+    assert {row["kernel"] for row in rows} == {
+        *MULTIPLYING,
+        "dropout_mask_kernel",
+        "embedding_bwd_kernel",
+        "embedding_bwd_positions_kernel",
+        "embedding_bwd_runs_kernel",
+        "embedding_fwd_kernel",
+        "layer_norm_bwd_kernel",
+        "layer_norm_fwd_kernel",
+        "sum_partials_kernel",
+        "sum_parts_kernel",
+    }
+    for row in rows:
+        assert row["stack"] == row["local"] == 0, row
+        assert row["shared"] <= row["shared_limit"], row
+        assert row["accesses"], row
+        allowed, _ = NARROW.get(row["kernel"], (0, ""))
+        assert len(narrow_accesses(row)) <= allowed, row
+        multiplies = row["kernel"] in MULTIPLYING and dtype != "float32"
+        assert (MATRIX_UNIT[capability] in row["matrix_units"]) is multiplies, row
+
+
+@on_each_chip
+def test_the_checks_see(capability):
+    """A product on the matrix units, narrow loads and a kernel that spills are told apart."""
+    product, transposing, crowded = compiled("probes", capability)
+    assert product["matrix_units"] == [MATRIX_UNIT[capability]]
+    assert not narrow_accesses(product)
+    assert transposing["matrix_units"] == []
+    assert set(narrow_accesses(transposing)) == {2}
+    assert product["stack"] == transposing["stack"] == 0
+    assert crowded["stack"] > 0
+
+
+def test_no_exemption_is_for_a_kernel_that_is_gone():
+    kernels = {row["kernel"] for row in compiled("code", 90, "bfloat16")}
+    assert NARROW.keys() | MULTIPLYING <= kernels
+
+
+def test_twenty_lengths_compile_once_a_class():
+    """Words of dropout bits in a row have three classes: one, a multiple of 16, any other."""
+    layer_norm = dict.fromkeys(
+        ["layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "sum_partials_kernel"], 1
+    )
+    assert compiled("compilations", 90) == {
+        "layer_norm": layer_norm,
+        "dropout_add_layer_norm": layer_norm,
+        "dropout_mask": {"dropout_mask_kernel": 3},
+        "causal_attention": dict.fromkeys(
+            [f"causal_attention_{part}_kernel" for part in ("fwd", "bwd_dq", "bwd_dkdv")], 1
+        ),
+        # Six products of other layouts or epilogues; sums of fp32 partials and of rows of dy.
+        "gelu_ffn": {"matmul_kernel": 6, "sum_partials_kernel": 2},
+        "embedding": {
+            "embedding_fwd_kernel": 2,  # with types and given positions, and without
+            "embedding_bwd_kernel": 1,
+            "embedding_bwd_runs_kernel": 1,
+            "embedding_bwd_positions_kernel": 1,
+        },
+    }
