@@ -1,9 +1,14 @@
-"""A corpus of invented words, small enough to train on in a second."""
+"""A corpus of invented words, small enough to train on in a second, and runs on it."""
 
 import random
 from pathlib import Path
 
 import pytest
+
+from training import pretrain
+from training.config import PretrainConfig
+
+STEPS, EVERY = 9, 3
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,3 +29,25 @@ def corpus(tmp_path_factory) -> Path:
         lines = (" ".join(rng.choices(words, k=60)) for _ in range(8))
         (folder / f"{number}.txt").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def run(corpus):
+    """run(out, **changes): the same small run into `out`, in this process."""
+
+    def run(out: Path, **changes) -> None:
+        settings = {
+            "preset": "mini", "data": (str(corpus),), "steps": STEPS, "batch_size": 2,
+            "vocab_size": 200, "checkpoint_every": EVERY, "eval_every": EVERY, "device": "cpu",
+        }  # fmt: skip
+        pretrain.main(PretrainConfig(**{**settings, **changes}, out=out))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole(run, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(out)
+    return out

@@ -14,35 +14,12 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from tests.training.conftest import EVERY, STEPS
 from training import checkpoint, metrics, pretrain
-from training.config import PretrainConfig
 from training.run import StopSignal
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS, EVERY = 9, 3
 CLOCK = {"tokens_per_second", "flop_utilisation"}
-
-
-@pytest.fixture(scope="module")
-def run(corpus):
-    """run(out, **changes): the same small run into `out`, in this process."""
-
-    def run(out: Path, **changes) -> None:
-        settings = {
-            "preset": "mini", "data": (str(corpus),), "steps": STEPS, "batch_size": 2,
-            "vocab_size": 200, "checkpoint_every": EVERY, "eval_every": EVERY, "device": "cpu",
-        }  # fmt: skip
-        pretrain.main(PretrainConfig(**{**settings, **changes}, out=out))
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(run, tmp_path_factory) -> Path:
-    """A run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    run(out)
-    return out
 
 
 def log_of(out: Path) -> list[dict]:

@@ -1,0 +1,44 @@
+"""The commands that look at finished runs: `evaluate.py` and `plot.py`."""
+
+import json
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.evaluate import EvaluateConfig, main
+
+PLOT = Path(__file__).parents[2] / "training" / "plot.py"
+
+
+def test_each_held_out_document_and_all_of_them_have_a_perplexity(whole, capsys):
+    main(EvaluateConfig(whole, device="cpu"))
+    *documents, total = capsys.readouterr().out.splitlines()
+    rows = [re.match(r" *([\d.]+) +([\d,]+) tokens  (.+)", line).groups() for line in documents]
+    perplexity, tokens, name = re.match(r" *([\d.]+) +([\d,]+) tokens  (.+)", total).groups()
+    assert name == "all"
+    counts = [int(n.replace(",", "")) for _, n, _ in rows]
+    assert sum(counts) == int(tokens.replace(",", ""))
+    mean = sum(math.log(float(p)) * n for (p, _, _), n in zip(rows, counts, strict=True))
+    assert math.exp(mean / sum(counts)) == pytest.approx(float(perplexity), rel=1e-3)
+    result = json.loads((whole / "result.json").read_text())
+    assert float(perplexity) == pytest.approx(result["validation perplexity"], rel=0.05)
+
+
+def test_runs_are_compared_in_one_picture(whole, tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "losses.png"
+    arguments = [str(PLOT), str(whole), str(whole), "--out", str(picture)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(PLOT), run_name="__main__")
+    assert capsys.readouterr().out == f"{picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_a_log_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(PLOT), str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(PLOT), run_name="__main__")
+    assert "metrics.jsonl" in end.value.code
