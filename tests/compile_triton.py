@@ -18,9 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gpt1_kernels.backends.triton import dropout, layer_norm, partials
+from gpt1_kernels.backends.triton import dropout, layer_norm, linear_cross_entropy, matmul, partials
 
-N, C, T, HEADS = 32768, 768, 512, 12
+N, C, T, HEADS, V = 32768, 768, 512, 12, 40478
+N_HEAD = 4096  # two chunks of logits, or more
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -50,6 +51,20 @@ def launch_all(dtype: torch.dtype) -> None:
     layer_norm.dropout_add_layer_norm_fwd(x, x, w, w, w, seed, 1e-5, 0.1, 0, True)
     layer_norm.dropout_add_layer_norm_bwd(x, x, w, stat, stat, seed, 0.1, 0, [True] * 5)
     dropout.dropout_mask(seed, (1, HEADS, T, T), 0.1, 0, True)
+    of_head(x[:N_HEAD], torch.empty(V, C, dtype=dtype))
+
+
+def of_head(h: torch.Tensor, w: torch.Tensor) -> None:
+    """The loss with and without gradients, and the backward of reduction="none"."""
+    targets, weight = torch.zeros(len(h), dtype=torch.int64), torch.empty(len(h))
+    for gradients in ([True] * 2, [False] * 2):
+        losses, lse, dh, dw = linear_cross_entropy.linear_cross_entropy_fwd(
+            h, w, targets, None, -100, gradients
+        )
+        linear_cross_entropy.scale_gradients(dh, dw, losses[0], w.dtype)
+    linear_cross_entropy.linear_cross_entropy_bwd(
+        losses, h, w, targets, lse, weight, -100, [True] * 2
+    )
 
 
 def occupied(cubin: bytes) -> dict[str, int]:
@@ -80,7 +95,7 @@ def main(capability: int) -> None:
             }
         )
 
-    for module in (dropout, layer_norm, partials):
+    for module in (dropout, layer_norm, linear_cross_entropy, matmul, partials):
         module.launch = compile_only
     for dtype in (torch.bfloat16, torch.float32):
         launch_all(dtype)

@@ -46,6 +46,14 @@ class PartialTiles:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class VocabularyTiles:
+    """One row of V columns, read BLOCK_V at a time."""
+
+    BLOCK_V: int
+    num_warps: int
+
+
 @cache
 def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     """Whole rows in registers: 4 warps, and more once a single row exceeds their share."""
@@ -54,6 +62,35 @@ def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     num_warps = max(4, min(32, BLOCK_C // (32 * elements_per_thread)))
     return RowTiles(BLOCK_N, BLOCK_C, num_warps)
 
+
+@cache
+def vocabulary_tiles(V: int) -> VocabularyTiles:
+    """16 elements a thread, and programs so large that the rows in flight fit L2."""
+    BLOCK_V = max(128, min(4096, triton.next_power_of_2(V)))
+    return VocabularyTiles(BLOCK_V, num_warps=max(1, BLOCK_V // (32 * 16)))
+
+
+def padded_vocabulary(V: int) -> int:
+    """The stride of rows of logits, which keeps each aligned for 16-byte accesses and beyond."""
+    return triton.cdiv(V, 64) * 64
+
+
+def chunk_rows(C: int, V: int, itemsize: int, device: torch.device) -> int:
+    """How many rows of logits exist at a time.
+
+    As many whole waves of 128 × 128 tiles of the narrowest product, (rows, V) @ (V, C), as
+    CHUNK_BYTES hold; where they hold none, as many tiles.
+    """
+    row_bytes = padded_vocabulary(V) * itemsize
+    wave = 128 * triton.cdiv(processors(device), triton.cdiv(C, 128))
+    for rows in (wave, 128):
+        if rows * row_bytes <= CHUNK_BYTES:
+            return CHUNK_BYTES // (rows * row_bytes) * rows
+    return 128
+
+
+CHUNK_BYTES = 256 * 10**6
+"""Of logits: beside the fp32 gradient of GPT-1's head, 124 MB, the workspace is below 400 MB."""
 
 BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
 """A thread stores four words, 16 bytes; tiles of 128 rows leave little to waste at the diagonal."""
