@@ -71,26 +71,26 @@ def vocabulary_tiles(V: int) -> VocabularyTiles:
 
 
 def padded_vocabulary(V: int) -> int:
-    """The stride of rows of logits, which keeps each aligned for 16-byte accesses and beyond."""
+    """Columns of a buffer of logits, whose rows are then aligned for 16-byte accesses."""
     return triton.cdiv(V, 64) * 64
 
 
-def chunk_rows(C: int, V: int, itemsize: int, device: torch.device) -> int:
+CHUNK_BYTES = 230 * 10**6
+"""Of logits: beside an fp32 gradient of GPT-1's head, 124 MB, a workspace below 400 MB."""
+
+
+def chunk_rows(C: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows of logits exist at a time.
 
-    As many whole waves of 128 × 128 tiles of the narrowest product, (rows, V) @ (V, C), as
-    CHUNK_BYTES hold; where they hold none, as many tiles.
+    As many whole waves of tiles of the narrowest product, (rows, V) @ (V, C), as CHUNK_BYTES hold.
+    Where they hold no wave that product splits its sums, and it is as many tiles as they hold.
     """
-    row_bytes = padded_vocabulary(V) * itemsize
-    wave = 128 * triton.cdiv(processors(device), triton.cdiv(C, 128))
-    for rows in (wave, 128):
-        if rows * row_bytes <= CHUNK_BYTES:
-            return CHUNK_BYTES // (rows * row_bytes) * rows
-    return 128
+    tiles = product_tiles(dtype, device)
+    row_bytes = padded_vocabulary(V) * dtype.itemsize
+    wave = triton.cdiv(processors(device), triton.cdiv(C, tiles.BLOCK_N)) * tiles.BLOCK_M
+    unit = wave if wave * row_bytes <= CHUNK_BYTES else tiles.BLOCK_M
+    return max(1, CHUNK_BYTES // (unit * row_bytes)) * unit
 
-
-CHUNK_BYTES = 256 * 10**6
-"""Of logits: beside the fp32 gradient of GPT-1's head, 124 MB, the workspace is below 400 MB."""
 
 BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
 """A thread stores four words, 16 bytes; tiles of 128 rows leave little to waste at the diagonal."""

@@ -24,7 +24,7 @@ from gpt1_kernels.backends.triton.launch import (
     row_tiles,
     vocabulary_tiles,
 )
-from gpt1_kernels.backends.triton.matmul import matmul
+from gpt1_kernels.backends.triton.matmul import matmul, product, tile_indices
 from gpt1_kernels.errors import error_record
 
 LARGEST_FP16_GRADIENT = 2.0**15
@@ -44,29 +44,30 @@ def _log1p(x):
 
 
 @triton.jit
-def _load_logits(row_ptr, column, stride_l, V: tl.constexpr):
-    """fp32 (BLOCK_V,), −inf beyond V; masked at the stride for the sake of 16-byte loads."""
-    x = tl.load(row_ptr + column, mask=column < stride_l, other=0.0).to(tl.float32)
-    return tl.where(column < V, x, float("-inf"))
+def store_logits(acc, first_m, first_n, M, N, stride, tensors):
+    """Whole rows, −inf beyond N, and so with 16-byte stores; `tensors` is (logits,)."""
+    m, n = tile_indices(acc, first_m, first_n)
+    logits = tl.where(n < N, acc, float("-inf")).to(tensors[0].dtype.element_ty)
+    tl.store(tensors[0] + m * stride + n, logits, mask=(m < M) & (n < stride))
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["V", "ignore_index"])
 def cross_entropy_kernel(
-    logits_ptr,  # (rows, V), stride_l ≥ V apart; their gradient afterwards if GRADIENT
+    logits_ptr,  # (rows, columns), −inf beyond V; their gradient afterwards if GRADIENT
     targets_ptr,  # (rows,)
     weight_ptr,  # (rows,) or None
     gain_ptr,  # (), a factor of the gradient, or None
     losses_ptr,  # (rows,) or None
-    lse_ptr,  # (rows,) or None
+    lse_ptr,  # (rows,), with losses
     error_ptr,  # (2,), [1 once there is an error, the target]
-    stride_l,
+    columns,
+    V,
     ignore_index: tl.int64,
-    V: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride_l
+    row_ptr = logits_ptr + row * columns
     target = tl.load(targets_ptr + row)
     counted = target != ignore_index
     in_range = (target >= 0) & (target < V)
@@ -78,9 +79,9 @@ def cross_entropy_kernel(
     # The sum leaves the target out: of a confident token, only the others' share has digits left.
     largest = tl.full((), float("-inf"), dtype=tl.float32)
     others = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for first in range(0, V, BLOCK_V):
+    for first in range(0, columns, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
-        x = _load_logits(row_ptr, column, stride_l, V)
+        x = tl.load(row_ptr + column, mask=column < columns, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(largest, tl.max(x, axis=0))
         others *= _exp(largest - larger)
         others += tl.where(column == label, 0.0, _exp(x - larger))
@@ -106,12 +107,12 @@ def cross_entropy_kernel(
         if gain_ptr is not None:
             weight *= tl.load(gain_ptr)
         scale = tl.where(used, weight, 0.0) / total
-        for first in range(0, V, BLOCK_V):
+        for first in range(0, columns, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
-            x = _load_logits(row_ptr, column, stride_l, V)
+            mask = column < columns
+            x = tl.load(row_ptr + column, mask=mask, other=float("-inf")).to(tl.float32)
             dx = scale * tl.where(column == label, -other, _exp(x - largest))
-            dx = dx.to(logits_ptr.dtype.element_ty)
-            tl.store(row_ptr + column, dx, mask=column < stride_l)
+            tl.store(row_ptr + column, dx.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -196,28 +197,29 @@ def _by_chunks(
         return dh, dw.zero_()
 
     error = error_record("linear_cross_entropy", V, h.device).host
-    rows = min(N, chunk_rows(C, V, h.element_size(), h.device))
-    logits = h.new_empty(rows, padded_vocabulary(V))[:, :V]
+    columns = padded_vocabulary(V)
+    logits = h.new_empty(min(N, chunk_rows(C, V, h.dtype, h.device)), columns)
     gain = None
     if h.dtype == torch.float16 and any(needs):
         gain = _fp16_gain(targets, weight, ignore_index)
         unscale = 1 / gain
-        scaled_dh = h.new_empty(rows, C if need_h else 0, dtype=torch.float32)
-    for first in range(0, N, rows):
-        chunk = slice(first, min(first + rows, N))
-        dlogits = logits[: chunk.stop - first]
-        matmul(h[chunk], w.t(), dlogits)
+        scaled_dh = h.new_empty(len(logits), C if need_h else 0, dtype=torch.float32)
+    for first in range(0, N, len(logits)):
+        chunk = slice(first, min(first + len(logits), N))
+        rows = chunk.stop - first
+        product(h[chunk], w.t(), store_logits, (logits,), columns)
         launch(
-            cross_entropy_kernel, (len(dlogits),), vocabulary_tiles(V),
-            dlogits, targets[chunk], None if weight is None else weight[chunk], gain,
+            cross_entropy_kernel, (rows,), vocabulary_tiles(V),
+            logits, targets[chunk], None if weight is None else weight[chunk], gain,
             *(None if x is None else x[chunk] for x in (losses, lse)), error,
-            dlogits.stride(0), ignore_index, V=V, GRADIENT=any(needs),
+            columns, V, ignore_index, GRADIENT=any(needs),
         )  # fmt: skip
+        dlogits = logits[:rows, :V]
         if need_h and gain is None:
             matmul(dlogits, w, dh[chunk])
         elif need_h:
-            matmul(dlogits, w, scaled_dh[: len(dlogits)])
-            _scale(scaled_dh[: len(dlogits)], unscale, dh[chunk])
+            matmul(dlogits, w, scaled_dh[:rows])
+            _scale(scaled_dh[:rows], unscale, dh[chunk])
         if need_w:
             matmul(dlogits.t(), h[chunk], dw, accumulate=first > 0)
     if need_w and gain is not None:
