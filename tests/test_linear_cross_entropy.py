@@ -196,22 +196,31 @@ class Allocated(TorchDispatchMode):
 
 
 @on_triton
+@pytest.mark.parametrize("kilobytes", [99, 227], ids="{} KB of shared memory".format)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gpt1_needs_less_than_400_megabytes_and_fills_132_processors(monkeypatch, dtype):
-    from gpt1_kernels.backends.triton import launch
+def test_gpt1_needs_less_than_400_megabytes_and_fills_132_processors(monkeypatch, dtype, kilobytes):
+    from gpt1_kernels.backends.triton import launch, matmul
     from gpt1_kernels.backends.triton import linear_cross_entropy as kernels
 
-    N, C, V = 32768, 768, GPT1_VOCABULARY
-    for name in ("launch", "matmul", "check_ids"):
-        monkeypatch.setattr(kernels, name, lambda *args, **options: None)
+    for module in (kernels, matmul):
+        monkeypatch.setattr(module, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(kernels, "check_ids", lambda *args: None)
     monkeypatch.setattr(launch, "processors", lambda device: 132)
-    h = torch.empty(N, C, dtype=dtype, device="meta")
-    w = torch.empty(V, C, dtype=dtype, device="meta")
-    targets = torch.empty(N, dtype=torch.int64, device="meta")
-    with Allocated() as allocated:
+    monkeypatch.setattr(launch, "shared_memory", lambda device: kilobytes * 1024)
+    launch.product_tiles.cache_clear()
+
+    C, V, device = 768, GPT1_VOCABULARY, torch.device("meta")
+    rows = launch.chunk_rows(C, V, dtype, device)
+    h = torch.empty(rows, C, dtype=dtype, device=device)
+    w = torch.empty(V, C, dtype=dtype, device=device)
+    targets = torch.empty(rows, dtype=torch.int64, device=device)
+    with Allocated() as allocated:  # by one chunk; the next uses the same memory
         losses, lse, dh, _ = kernels.linear_cross_entropy_fwd(h, w, targets, None, -100, [True] * 2)
     workspace = allocated.bytes - losses.nbytes - lse.nbytes - dh.nbytes
-    assert 4 * V * C < workspace < 400e6
-    tiles = launch.chunk_rows(C, V, dtype.itemsize, h.device) // 128 * (C // 128)
-    assert tiles >= 132
-    assert tiles / 132 == tiles // 132
+    assert dtype.itemsize * rows * V + 4 * V * C < workspace < 400e6
+
+    tiles = launch.product_tiles(dtype, device)
+    count = rows // tiles.BLOCK_M * -(-C // tiles.BLOCK_N)
+    programs = launch.split_programs(count, V, tiles, device) or count
+    launch.product_tiles.cache_clear()
+    assert programs == 132

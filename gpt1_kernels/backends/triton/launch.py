@@ -7,16 +7,19 @@ from sizes that stay the same from step to step, so that it can be cached and no
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
+from torch import Tensor
 
 from gpt1_kernels.backends import count_launch
 
 INTERPRETED_PROCESSORS = 2
+SMALLEST_SHARED_MEMORY = 99 * 1024  # of compute capabilities 8.6, 8.9 and 12.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,21 @@ class VocabularyTiles:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class ProductTiles:
+    """Tiles of BLOCK_M by BLOCK_N of a product, summed BLOCK_K terms at a time.
+
+    GROUP_M rows of tiles are worked on together, so that their operands stay in the L2 cache.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
 @cache
 def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
     """Whole rows in registers: 4 warps, and more once a single row exceeds their share."""
@@ -68,6 +86,51 @@ def vocabulary_tiles(V: int) -> VocabularyTiles:
     """16 elements a thread, and programs so large that the rows in flight fit L2."""
     BLOCK_V = max(128, min(4096, triton.next_power_of_2(V)))
     return VocabularyTiles(BLOCK_V, num_warps=max(1, BLOCK_V // (32 * 16)))
+
+
+BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
+"""A thread stores four words, 16 bytes; tiles of 128 rows leave little to waste at the diagonal."""
+
+PARTIAL_TILES = PartialTiles(BLOCK_P=256, BLOCK_C=16, num_warps=4)
+"""Narrow, so that 768 columns of up to three gradients occupy every processor."""
+
+
+EXACT_TILES = ProductTiles(64, 64, 16, GROUP_M=8, num_warps=4, num_stages=3)
+"""For fp32, whose products the matrix units do not compute."""
+
+SMALL_TILES = ProductTiles(128, 128, 32, GROUP_M=8, num_warps=8, num_stages=4)
+"""Fit every chip."""
+
+LARGE_TILES = ProductTiles(128, 256, 64, GROUP_M=8, num_warps=8, num_stages=3)
+"""For data-centre chips from compute capability 9.0, fewer bytes read for each product."""
+
+LARGE_TILES_SHARED_MEMORY = 200 * 1024
+
+LONG_SUM = 4096
+"""Sums of fewer terms are not split: their parts would weigh too much."""
+
+SHORTEST_SHARE = 16
+"""Steps along K that a program takes at the least."""
+
+
+@cache
+def product_tiles(dtype: torch.dtype, device: torch.device) -> ProductTiles:
+    """The tiles of all products of a dtype, whatever their sizes."""
+    if dtype == torch.float32:
+        return EXACT_TILES
+    return LARGE_TILES if shared_memory(device) >= LARGE_TILES_SHARED_MEMORY else SMALL_TILES
+
+
+def split_programs(tiles: int, K: int, config: ProductTiles, device: torch.device) -> int:
+    """How many programs share the sums of a product, or 0 if each tile is one program's.
+
+    Splitting pays where a long sum has so few tiles that a tenth of the chip would stand idle.
+    """
+    waves = tiles / processors(device)
+    if K < LONG_SUM or waves >= 0.9 * math.ceil(waves):
+        return 0
+    steps = tiles * triton.cdiv(K, config.BLOCK_K)
+    return min(processors(device), steps // SHORTEST_SHARE)
 
 
 def padded_vocabulary(V: int) -> int:
@@ -92,11 +155,20 @@ def chunk_rows(C: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
     return max(1, CHUNK_BYTES // (unit * row_bytes)) * unit
 
 
-BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
-"""A thread stores four words, 16 bytes; tiles of 128 rows leave little to waste at the diagonal."""
+def reads_in_bulk(x: Tensor) -> bool:
+    """Whether a row-major matrix is read by tensor descriptors rather than by pointers.
 
-PARTIAL_TILES = PartialTiles(BLOCK_P=256, BLOCK_C=16, num_warps=4)
-"""Narrow, so that 768 columns of up to three gradients occupy every processor."""
+    They need the bulk copy engine, rows that start at multiples of 16 bytes and do not overlap.
+    The fp32 products, bound by arithmetic, do without.
+    """
+    return (
+        has_bulk_copies(x.device)
+        and x.dtype != torch.float32
+        and x.data_ptr() % 16 == 0
+        and x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
+        and x.stride(0) * x.element_size() % 16 == 0
+    )
 
 
 def resident_programs(tiles: int, per_processor: int, device: torch.device) -> int:
@@ -112,10 +184,25 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may ask for; those of the smallest chips on a CPU."""
+    if device.type != "cuda":
+        return SMALLEST_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@cache
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether the chip has the bulk copy engine that tensor descriptors use."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def launch(kernel, grid: tuple[int, ...], config, *args, **constants) -> None:
     """Starts a kernel, and counts it.
 
-    It runs on the device and the current stream of `args[0]`, a tensor.
+    It runs on the device and the current stream of `args[0]`, a tensor or a tuple that starts with
+    one.
 
     Args:
         kernel: a function under `triton.jit`.
@@ -125,7 +212,8 @@ def launch(kernel, grid: tuple[int, ...], config, *args, **constants) -> None:
         constants: the kernel's constants that are not in `config`.
     """
     count_launch("triton", kernel.__name__)
-    with _current(args[0].device):
+    first = args[0][0] if isinstance(args[0], tuple) else args[0]
+    with _current(first.device):
         kernel[grid](*args, **constants, **vars(config))
 
 

@@ -1,0 +1,320 @@
+"""Products of matrices, and what is done to a tile of one while it is in registers.
+
+`product` multiplies and hands each finished tile to an epilogue, a function under `triton.jit` that
+may add a bias, apply a GELU or take sums, and that stores. Programs stay resident and walk over the
+tiles, in groups of rows so that neighbours share their operands in the L2 cache.
+
+An operand is stored row-major, (rows, columns), as itself or as its transpose: TRANSPOSED says
+which. It is passed as a tensor descriptor, which the bulk copy engine of compute capability 9.0 and
+later reads, or else as a pointer: BULK says which.
+
+A sum over many terms with few tiles to fill the chip (a weight's gradient) is cut elsewhere: every
+program takes an equal share of all steps along K, across the borders of tiles, and leaves its part
+of each tile in a workspace; a second kernel adds a tile's parts in order, as in Stream-K (Osama et
+al. 2023) but for the order, which makes two runs bit-equal.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gpt1_kernels.backends.triton.launch import (
+    launch,
+    product_tiles,
+    reads_in_bulk,
+    resident_programs,
+    split_programs,
+)
+
+STRIP = tl.constexpr(64)
+"""An epilogue is given a tile this many columns at a time, which spares registers."""
+
+
+@triton.jit
+def store_product(acc, first_m, first_n, M, N, stride, tensors):
+    """out = acc + bias; `tensors` is (out, bias (N,) or None)."""
+    out_ptr, bias_ptr = tensors
+    m, n = tile_indices(acc, first_m, first_n)
+    mask = (m < M) & (n < N)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m * stride + n, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_product(acc, first_m, first_n, M, N, stride, tensors):
+    """out += acc; `tensors` is (out,), in fp32."""
+    m, n = tile_indices(acc, first_m, first_n)
+    mask = (m < M) & (n < N)
+    out_ptr = tensors[0] + m * stride + n
+    tl.store(out_ptr, tl.load(out_ptr, mask=mask, other=0.0) + acc, mask=mask)
+
+
+@triton.jit
+def tile_indices(acc, first_m, first_n):
+    """The rows (…, 1) and columns (1, …) of a tile."""
+    m = (first_m + tl.arange(0, acc.shape[0]))[:, None]
+    n = (first_n + tl.arange(0, acc.shape[1]))[None, :]
+    return m, n
+
+
+@triton.jit
+def _tile_origin(
+    tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+):  # fmt: skip
+    """First row and column of a tile; tiles go down GROUP_M rows before they go right."""
+    group_tiles = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_tile_m = tile // group_tiles * GROUP_M
+    rows = tl.minimum(tl.cdiv(M, BLOCK_M) - first_tile_m, GROUP_M)
+    within = tile % group_tiles
+    return (first_tile_m + within % rows) * BLOCK_M, within // rows * BLOCK_N
+
+
+@triton.jit
+def _load(
+    x, stride, rows, columns, first_row, first_column,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TRANSPOSED: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_R, BLOCK_C) of an operand as it is stored, or its transpose; 0 beyond it."""
+    if BULK:
+        tile = x.load([tl.cast(first_row, tl.int32), tl.cast(first_column, tl.int32)])
+        return tile.T if TRANSPOSED else tile
+    else:
+        row = tl.expand_dims(first_row + tl.arange(0, BLOCK_R), 0 if TRANSPOSED else 1)
+        column = tl.expand_dims(first_column + tl.arange(0, BLOCK_C), 1 if TRANSPOSED else 0)
+        return tl.load(x + row * stride + column, mask=(row < rows) & (column < columns), other=0.0)
+
+
+@triton.jit
+def _multiply(
+    a, b, M, N, K, a_columns, b_columns, stride_a, stride_b, first_m, first_n, first_k, last_k,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
+    A_BULK: tl.constexpr, B_BULK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """fp32 (BLOCK_M, BLOCK_N) of a tile, over the terms from first_k to last_k."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in tl.range(first_k, last_k, BLOCK_K):
+        if A_TRANSPOSED:
+            x = _load(a, stride_a, K, a_columns, k, first_m, BLOCK_K, BLOCK_M, True, A_BULK)
+        else:
+            x = _load(a, stride_a, M, a_columns, first_m, k, BLOCK_M, BLOCK_K, False, A_BULK)
+        if B_TRANSPOSED:
+            y = _load(b, stride_b, N, b_columns, first_n, k, BLOCK_N, BLOCK_K, True, B_BULK)
+        else:
+            y = _load(b, stride_b, K, b_columns, k, first_n, BLOCK_K, BLOCK_N, False, B_BULK)
+        acc = tl.dot(x, y, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _halves(x):
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _strips(acc):
+    """The tile cut into STRIP columns each."""
+    if acc.shape[1] == STRIP:
+        strips = (acc,)
+    elif acc.shape[1] == 2 * STRIP:
+        strips = _halves(acc)
+    else:
+        left, right = _halves(acc)
+        strips = _halves(left) + _halves(right)
+    return strips
+
+
+@triton.jit(do_not_specialize=["M", "K"])
+def matmul_kernel(
+    tensors,  # of the epilogue, those of (M, N) with stride_om
+    a,  # (M, K)
+    b,  # (K, N)
+    M: tl.int64,
+    N,
+    K: tl.int64,
+    a_columns,
+    b_columns,
+    stride_a,
+    stride_b,
+    stride_om,
+    EPILOGUE: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    A_BULK: tl.constexpr,
+    B_BULK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    # Flattened, the loops load a tile's first operands while the tile before is being stored.
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(program, tiles, programs, flatten=True):
+        first_m, first_n = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = _multiply(
+            a, b, M, N, K, a_columns, b_columns, stride_a, stride_b, first_m, first_n, 0, K,
+            A_TRANSPOSED, B_TRANSPOSED, A_BULK, B_BULK, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        strips = _strips(acc)
+        for index in tl.static_range(len(strips)):
+            EPILOGUE(strips[index], first_m, first_n + index * STRIP, M, N, stride_om, tensors)
+
+
+@triton.jit(do_not_specialize=["M", "K", "share"])
+def split_matmul_kernel(
+    parts_ptr,  # (programs + tiles, BLOCK_M, BLOCK_N)
+    a,  # (M, K)
+    b,  # (K, N)
+    M: tl.int64,
+    N,
+    K: tl.int64,
+    a_columns,
+    b_columns,
+    stride_a,
+    stride_b,
+    share: tl.int64,  # steps along K of one program
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    A_BULK: tl.constexpr,
+    B_BULK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    steps = tl.cdiv(K, BLOCK_K)
+    first_step = program * share
+    last_step = tl.minimum(first_step + share, steps * tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N))
+    for tile in range(first_step // steps, tl.cdiv(last_step, steps)):
+        first_m, first_n = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        first_k = tl.maximum(first_step - tile * steps, 0) * BLOCK_K
+        last_k = tl.minimum((last_step - tile * steps) * BLOCK_K, K)
+        acc = _multiply(
+            a, b, M, N, K, a_columns, b_columns, stride_a, stride_b,
+            first_m, first_n, first_k, last_k,
+            A_TRANSPOSED, B_TRANSPOSED, A_BULK, B_BULK, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        # From one part to the next either the tile or the program is the next one.
+        m, n = tile_indices(acc, (program + tile) * BLOCK_M, 0)
+        tl.store(parts_ptr + m * BLOCK_N + n, acc)
+
+
+@triton.jit(do_not_specialize=["M", "K", "share"])
+def sum_parts_kernel(
+    parts_ptr,  # (programs + tiles, BLOCK_M, BLOCK_N)
+    tensors,  # of the epilogue
+    M: tl.int64,
+    N,
+    K: tl.int64,
+    stride_om,
+    share: tl.int64,
+    EPILOGUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    first_strip_n = tl.program_id(1).to(tl.int64) * STRIP
+    steps = tl.cdiv(K, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, STRIP), dtype=tl.float32)
+    for program in range(tile * steps // share, ((tile + 1) * steps - 1) // share + 1):
+        m, n = tile_indices(acc, (program + tile) * BLOCK_M, first_strip_n)
+        acc += tl.load(parts_ptr + m * BLOCK_N + n)
+    first_m, first_n = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    EPILOGUE(acc, first_m, first_n + first_strip_n, M, N, stride_om, tensors)
+
+
+def matmul(
+    a: Tensor,  # (M, K)
+    b: Tensor,  # (K, N)
+    out: Tensor,  # (M, N)
+    *,
+    accumulate: bool = False,
+) -> Tensor:
+    """out = a b, or out += a b; returns out.
+
+    Args:
+        a: bf16, fp16 or fp32, either axis contiguous.
+        b: the dtype of a, either axis contiguous.
+        out: row-major, the dtype of a or fp32; fp32 if it accumulates.
+    """
+    if a.shape[1] == 0:
+        return out if accumulate else out.zero_()
+    if accumulate:
+        product(a, b, add_product, (out,), out.stride(0))
+    else:
+        product(a, b, store_product, (out, None), out.stride(0))
+    return out
+
+
+def product(
+    a: Tensor,  # (M, K)
+    b: Tensor,  # (K, N)
+    epilogue,
+    tensors: tuple[Tensor | None, ...],
+    stride_om: int,
+) -> None:
+    """Multiplies a and b, K > 0, and gives each tile in fp32 to an epilogue.
+
+    Args:
+        a: bf16, fp16 or fp32, either axis contiguous.
+        b: the dtype of a, either axis contiguous.
+        epilogue: a function under `triton.jit` like `store_product`. It is called for BLOCK_M rows
+            by STRIP columns at a time, in no order; elements beyond (M, N) are 0 in `acc`.
+        tensors: what it reads and writes; the first is not None.
+        stride_om: between rows of those among `tensors` that are (M, N).
+    """
+    (M, K), N = a.shape, b.shape[1]
+    if M == 0 or N == 0:
+        return
+    tiles = product_tiles(a.dtype, a.device)
+    a_stored, A_TRANSPOSED = _stored(a)
+    b_stored, B_TRANSPOSED = _stored(b)
+    a_block, b_block = (tiles.BLOCK_M, tiles.BLOCK_K), (tiles.BLOCK_K, tiles.BLOCK_N)
+    a_operand, A_BULK = _operand(a_stored, a_block[::-1] if A_TRANSPOSED else a_block)
+    b_operand, B_BULK = _operand(b_stored, b_block[::-1] if B_TRANSPOSED else b_block)
+    sizes = M, N, K, a_stored.shape[1], b_stored.shape[1], a_stored.stride(0), b_stored.stride(0)
+    layouts = {
+        "A_TRANSPOSED": A_TRANSPOSED, "B_TRANSPOSED": B_TRANSPOSED,
+        "A_BULK": A_BULK, "B_BULK": B_BULK,
+    }  # fmt: skip
+    tile_count = triton.cdiv(M, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N)
+    programs = split_programs(tile_count, K, tiles, a.device)
+    if programs == 0:
+        programs = resident_programs(tile_count, 1, a.device)
+        launch(
+            matmul_kernel, (programs,), tiles,
+            tensors, a_operand, b_operand, *sizes, stride_om, EPILOGUE=epilogue, **layouts,
+        )  # fmt: skip
+        return
+    share = triton.cdiv(tile_count * triton.cdiv(K, tiles.BLOCK_K), programs)
+    parts = a.new_empty(programs + tile_count, tiles.BLOCK_M, tiles.BLOCK_N, dtype=torch.float32)
+    launch(
+        split_matmul_kernel, (programs,), tiles,
+        parts, a_operand, b_operand, *sizes, share, **layouts,
+    )  # fmt: skip
+    launch(
+        sum_parts_kernel, (tile_count, tiles.BLOCK_N // STRIP.value), tiles,
+        parts, tensors, M, N, K, stride_om, share, EPILOGUE=epilogue,
+    )  # fmt: skip
+
+
+def _stored(x: Tensor) -> tuple[Tensor, bool]:
+    """The operand row-major, and whether that is its transpose."""
+    transposed = x.stride(1) != 1 and x.shape[1] > 1
+    return (x.t() if transposed else x), transposed
+
+
+def _operand(stored: Tensor, block: tuple[int, int]) -> tuple[Tensor | TensorDescriptor, bool]:
+    """What a kernel is given to read the operand by, and whether that is a descriptor."""
+    if reads_in_bulk(stored):
+        return TensorDescriptor.from_tensor(stored, list(block)), True
+    return stored, False

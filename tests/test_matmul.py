@@ -1,0 +1,135 @@
+"""The product kernels of the Triton backend against fp64, in every layout and on every path."""
+
+import pytest
+import torch
+
+from gpt1_kernels.backends import unavailable_reason
+from gpt1_kernels.numerics import assert_close
+from tests.cases import DEVICE, DTYPES
+
+if unavailable_reason("triton", "layer_norm", DEVICE) is not None:
+    pytest.skip("needs the Triton backend", allow_module_level=True)
+
+from gpt1_kernels.backends.triton import launch as launching
+from gpt1_kernels.backends.triton.matmul import matmul
+
+BF16 = torch.bfloat16
+PATHS = pytest.mark.parametrize("bulk", [False, True], ids=["pointers", "descriptors"])
+
+
+@pytest.fixture
+def on_path(monkeypatch):
+    """Chooses the load path as a chip without or with a bulk copy engine would."""
+
+    def choose(bulk):
+        if bulk and DEVICE == "cuda" and not launching.has_bulk_copies(torch.device(DEVICE)):
+            pytest.skip("this chip has no bulk copy engine")
+        monkeypatch.setattr(launching, "has_bulk_copies", lambda device: bulk)
+
+    return choose
+
+
+def operand(rows, columns, dtype, layout):
+    """A random matrix: "row" or "column" says which axis is contiguous, "padded" leaves gaps."""
+    order, _, padded = layout.partition(" ")
+    rows_stored, columns_stored = (rows, columns) if order == "row" else (columns, rows)
+    gap = 8 if padded else 0
+    stored = torch.randn(rows_stored, columns_stored + gap, device=DEVICE).to(dtype)
+    stored = stored[:, :columns_stored]
+    return stored if order == "row" else stored.t()
+
+
+def check(a, b, out_dtype=None):
+    out = torch.empty(a.shape[0], b.shape[1], dtype=out_dtype or a.dtype, device=DEVICE)
+    assert matmul(a, b, out) is out
+    assert_close("out", out, a @ b, a.double() @ b.double(), a.dtype)
+    return out
+
+
+@PATHS
+@pytest.mark.parametrize("b_layout", ["row", "column", "row padded", "column padded"])
+@pytest.mark.parametrize("a_layout", ["row", "column", "row padded", "column padded"])
+def test_layouts(a_layout, b_layout, bulk, on_path):
+    """Two tiles a way, none of them full; every stride a multiple of 16 bytes."""
+    on_path(bulk)
+    check(operand(136, 72, BF16, a_layout), operand(72, 264, BF16, b_layout))
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [
+        pytest.param(1, 1, 1, id="one-element"),
+        pytest.param(1, 300, 33, id="one-row"),
+        pytest.param(300, 1, 33, id="one-column"),
+        pytest.param(37, 45, 1, id="one-term"),
+        pytest.param(131, 129, 67, id="one-beyond-a-tile"),
+        pytest.param(1100, 72, 40, id="second-group-of-rows"),
+    ],
+)
+def test_sizes(M, N, K, dtype, bulk, on_path):
+    on_path(bulk)
+    check(operand(M, K, dtype, "row"), operand(K, N, dtype, "row"))
+    check(operand(M, K, dtype, "column"), operand(K, N, dtype, "column"), torch.float32)
+
+
+@PATHS
+def test_rows_that_overlap_and_addresses_off_16_bytes(bulk, on_path):
+    """What descriptors cannot read is read by pointers."""
+    on_path(bulk)
+    a = torch.randn(1, 72, device=DEVICE).bfloat16().expand(40, 72)
+    check(a, torch.randn(72 * 64 + 1, device=DEVICE).bfloat16()[1:].view(72, 64))
+
+
+@pytest.fixture
+def short_is_long(monkeypatch):
+    """Splits sums of a few hundred terms; the interpreter is slow."""
+    monkeypatch.setattr(launching, "LONG_SUM", 256)
+    monkeypatch.setattr(launching, "SHORTEST_SHARE", 2)
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["row", "column"])
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_long_sums_are_split(tiles, layout, dtype, bulk, on_path, short_is_long, launches):
+    """A weight's gradient: the parts of one tile, and of several that share programs."""
+    on_path(bulk)
+    N = tiles * launching.product_tiles(dtype, torch.device(DEVICE)).BLOCK_N - 5
+    a, b = operand(60, 300, dtype, layout), operand(300, N, dtype, "row")
+    first = check(a, b)
+    assert launches["triton", "split_matmul_kernel"] == launches["triton", "sum_parts_kernel"] == 1
+    assert torch.equal(first, check(a, b))
+
+
+@pytest.mark.parametrize("K", [40, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accumulating_adds_to_what_is_there(dtype, K, short_is_long):
+    a, b = operand(60, K, dtype, "column"), operand(K, 50, dtype, "row")
+    out = torch.randn(60, 50, device=DEVICE)
+    oracle = out.double() + a.double() @ b.double()
+    plain = out + (a @ b).float()
+    matmul(a, b, out, accumulate=True)
+    assert_close("out", out, plain, oracle, dtype)
+
+
+def test_out_with_gaps_between_its_rows_keeps_them():
+    memory = torch.zeros(40, 100, device=DEVICE, dtype=BF16)
+    a, b = operand(40, 48, BF16, "row"), operand(48, 70, BF16, "row")
+    matmul(a, b, memory[:, :70])
+    assert torch.equal(memory[:, :70], check(a, b))
+    assert not memory[:, 70:].any()
+
+
+def test_without_terms_the_product_is_zero():
+    a, b = torch.empty(5, 0, device=DEVICE), torch.empty(0, 7, device=DEVICE)
+    out = torch.ones(5, 7, device=DEVICE)
+    assert torch.equal(matmul(a, b, out, accumulate=True), torch.ones_like(out))
+    assert not matmul(a, b, out).any()
+
+
+@pytest.mark.parametrize(("M", "N"), [(0, 7), (5, 0)])
+def test_a_product_without_elements_launches_nothing(M, N, launches):
+    check(torch.empty(M, 3, device=DEVICE), torch.empty(3, N, device=DEVICE))
+    assert not launches
