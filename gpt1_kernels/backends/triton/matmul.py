@@ -30,7 +30,7 @@ from gpt1_kernels.backends.triton.launch import (
     split_programs,
 )
 
-STRIP = tl.constexpr(64)
+STRIP = tl.constexpr(32)
 """An epilogue is given a tile this many columns at a time, which spares registers."""
 
 
@@ -112,21 +112,14 @@ def _multiply(
 
 
 @triton.jit
-def _halves(x):
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
 def _strips(acc):
-    """The tile cut into STRIP columns each."""
+    """The tile cut, in registers, into STRIP columns each."""
     if acc.shape[1] == STRIP:
-        strips = (acc,)
-    elif acc.shape[1] == 2 * STRIP:
-        strips = _halves(acc)
+        return (acc,)
     else:
-        left, right = _halves(acc)
-        strips = _halves(left) + _halves(right)
-    return strips
+        halves = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1)
+        left, right = halves.split()
+        return _strips(left) + _strips(right)
 
 
 @triton.jit(do_not_specialize=["M", "K"])
@@ -246,8 +239,6 @@ def matmul(
         b: the dtype of a, either axis contiguous.
         out: row-major, the dtype of a or fp32; fp32 if it accumulates.
     """
-    if a.shape[1] == 0:
-        return out if accumulate else out.zero_()
     if accumulate:
         product(a, b, add_product, (out,), out.stride(0))
     else:
@@ -262,7 +253,7 @@ def product(
     tensors: tuple[Tensor | None, ...],
     stride_om: int,
 ) -> None:
-    """Multiplies a and b, K > 0, and gives each tile in fp32 to an epilogue.
+    """Multiplies a and b and gives each tile in fp32 to an epilogue.
 
     Args:
         a: bf16, fp16 or fp32, either axis contiguous.
