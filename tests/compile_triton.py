@@ -30,6 +30,7 @@ from gpt1_kernels.backends import kernel as function_of
 from tests.sass import loop_accesses, matrix_units
 
 N, C, F, T, V, HEADS = 32768, 768, 3072, 512, 40478, 12
+N_HEAD = 4096  # rows: two chunks of logits, or more
 PROCESSORS = 132
 SHARED_MEMORY = {80: (99,), 90: (99, 227), 100: (99, 227)}  # KiB, of a capability's chips
 LENGTHS = (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 48, 64, 100, 127, 128, 255, 256, 257, 512, 1000)
@@ -105,6 +106,17 @@ def embedding(length: int, dtype: torch.dtype, batch: int = 2) -> None:
         )  # fmt: skip
 
 
+def linear_cross_entropy(rows: int, dtype: torch.dtype, vocabulary: int = 1000) -> None:
+    """With gradients, without, and the backward of "none"."""
+    h, w = torch.empty(rows, C, dtype=dtype), torch.empty(vocabulary, C, dtype=dtype)
+    targets, weight = torch.zeros(rows, dtype=torch.int64), torch.empty(rows)
+    op = "linear_cross_entropy"
+    for gradients in ([True] * 2, [False] * 2):
+        call(op, f"{op}_fwd", h, w, targets, None, -100, gradients)
+    call(op, f"{op}_bwd", weight, h, w, targets, weight, weight, -100, [True] * 2)
+    call(op, "scale_gradients", h, torch.empty(vocabulary, C), weight[0], dtype)
+
+
 GPT1 = {
     "layer_norm": lambda dtype: layer_norm(N, dtype),
     "dropout_add_layer_norm": lambda dtype: dropout_add_layer_norm(N, dtype),
@@ -112,9 +124,11 @@ GPT1 = {
     "causal_attention": lambda dtype: causal_attention(T, dtype, N // T),
     "gelu_ffn": lambda dtype: gelu_ffn(N, dtype),
     "embedding": lambda dtype: embedding(T, dtype, N // T),
+    "linear_cross_entropy": lambda dtype: linear_cross_entropy(N_HEAD, dtype, V),
 }
 OVER_LENGTHS = [
     layer_norm, dropout_add_layer_norm, dropout_mask, causal_attention, gelu_ffn, embedding,
+    linear_cross_entropy,
 ]  # fmt: skip
 
 

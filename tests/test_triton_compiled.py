@@ -74,6 +74,7 @@ def test_kernels_fit_their_chip(capability, dtype):
     rows = compiled("code", capability, dtype)
     assert {row["kernel"] for row in rows} == {
         *MULTIPLYING,
+        "cross_entropy_kernel",
         "dropout_mask_kernel",
         "embedding_bwd_kernel",
         "embedding_bwd_positions_kernel",
@@ -81,6 +82,7 @@ def test_kernels_fit_their_chip(capability, dtype):
         "embedding_fwd_kernel",
         "layer_norm_bwd_kernel",
         "layer_norm_fwd_kernel",
+        "scale_gradients_kernel",
         "sum_partials_kernel",
         "sum_parts_kernel",
     }
@@ -125,6 +127,13 @@ def test_twenty_lengths_compile_once_a_class():
         ),
         # Six products of other layouts or epilogues; sums of fp32 partials and of rows of dy.
         "gelu_ffn": {"matmul_kernel": 6, "sum_partials_kernel": 2},
+        # Products: logits, dh, dW, and dW of later chunks; the loss with gradients, without, and
+        # in backward.
+        "linear_cross_entropy": {
+            "matmul_kernel": 4,
+            "cross_entropy_kernel": 3,
+            "scale_gradients_kernel": 2,
+        },
         "embedding": {
             "embedding_fwd_kernel": 2,  # with types and given positions, and without
             "embedding_bwd_kernel": 1,

@@ -61,6 +61,14 @@ class AttentionTiles:
 
 
 @dataclass(frozen=True)
+class VocabularyTiles:
+    """One row of V columns, read BLOCK_V at a time."""
+
+    BLOCK_V: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class ProductTiles:
     """Tiles of BLOCK_M by BLOCK_N of a product, summed BLOCK_K terms at a time.
 
@@ -138,6 +146,13 @@ def chunk_tiles(C: int) -> ChunkTiles:
     return ChunkTiles(CHUNK=64, **vars(row_tiles(C, elements_per_thread=32)))
 
 
+@cache
+def vocabulary_tiles(V: int) -> VocabularyTiles:
+    """16 elements a thread, and programs so large that the rows in flight fit L2."""
+    BLOCK_V = max(128, min(4096, triton.next_power_of_2(V)))
+    return VocabularyTiles(BLOCK_V, num_warps=max(1, BLOCK_V // (32 * 16)))
+
+
 BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
 """A thread stores four words, 16 bytes; tiles of 128 rows leave little to waste at the diagonal."""
 
@@ -184,6 +199,28 @@ def split_programs(tiles: int, K: int, config: ProductTiles, device: torch.devic
         return 0
     steps = tiles * triton.cdiv(K, config.BLOCK_K)
     return min(processors(device), steps // SHORTEST_SHARE)
+
+
+def padded_vocabulary(V: int) -> int:
+    """Columns of a buffer of logits, whose rows are then aligned for 16-byte accesses."""
+    return triton.cdiv(V, 64) * 64
+
+
+CHUNK_BYTES = 230 * 10**6
+"""Of logits: beside an fp32 gradient of GPT-1's head, 124 MB, a workspace below 400 MB."""
+
+
+def chunk_rows(C: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of logits exist at a time.
+
+    As many whole waves of tiles of the narrowest product, (rows, V) @ (V, C), as CHUNK_BYTES hold.
+    Where they hold no wave that product splits its sums, and it is as many tiles as they hold.
+    """
+    tiles = product_tiles(dtype, device)
+    row_bytes = padded_vocabulary(V) * dtype.itemsize
+    wave = triton.cdiv(processors(device), triton.cdiv(C, tiles.BLOCK_N)) * tiles.BLOCK_M
+    unit = wave if wave * row_bytes <= CHUNK_BYTES else tiles.BLOCK_M
+    return max(1, CHUNK_BYTES // (unit * row_bytes)) * unit
 
 
 def reads_in_bulk(x: Tensor) -> bool:

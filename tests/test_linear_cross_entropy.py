@@ -1,0 +1,231 @@
+"""The head and the loss: chunks of rows, a vocabulary that fits no tile, what is not computed."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt1_kernels import check_errors, errors, use_backend
+from gpt1_kernels.backends.portable import linear_cross_entropy as portable
+from tests.cases import (
+    DEVICE,
+    DTYPES,
+    backends_of,
+    cast,
+    check_parity,
+    linear_cross_entropy,
+    on_backends,
+    results,
+    upstream,
+)
+
+OP = "linear_cross_entropy"
+GPT1_VOCABULARY = 40478
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+on_every_backend = pytest.mark.parametrize("backend", backends_of(OP))
+on_triton = pytest.mark.skipif(
+    "triton" not in backends_of(OP), reason="Triton's kernels cannot run"
+)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of one tile of rows (Triton: 64 in fp32, else 128), or of 100 (portable, V = 100)."""
+    monkeypatch.setattr(portable, "CHUNK_BYTES", 4 * 100 * 100)
+    if "triton" in backends_of(OP):
+        from gpt1_kernels.backends.triton import launch
+
+        monkeypatch.setattr(launch, "CHUNK_BYTES", 1)
+
+
+@pytest.fixture
+def long_steps(monkeypatch):
+    """Products in long steps, of which the interpreter takes fewer."""
+    if DEVICE == "cpu" and "triton" in backends_of(OP):
+        from gpt1_kernels.backends.triton import launch, matmul
+
+        tiles = launch.ProductTiles(256, 256, 256, GROUP_M=8, num_warps=8, num_stages=3)
+        monkeypatch.setattr(matmul, "product_tiles", lambda dtype, device: tiles)
+
+
+@dtypes
+@on_backends([linear_cross_entropy("gpt1-vocabulary", 3, 8, GPT1_VOCABULARY)])
+def test_a_large_vocabulary(case, backend, dtype, long_steps):
+    check_parity(case, backend, dtype)
+
+
+@on_backends(
+    [
+        *(linear_cross_entropy(f"V{v}", 5, 16, v) for v in (2, 63, 64, 65)),  # the rows' padding
+        *(linear_cross_entropy(f"V{v}", 5, 16, v) for v in (127, 128, 129)),  # a product's tile
+        *(linear_cross_entropy(f"V{v}", 2, 4, v) for v in (4095, 4096, 4097)),  # a step of a row
+    ]
+)
+def test_a_vocabulary_around_a_tile(case, backend):
+    check_parity(case, backend, torch.bfloat16)
+
+
+@dtypes
+@on_backends(
+    [
+        linear_cross_entropy("full-chunks", 128, 16, 100, "sum"),
+        linear_cross_entropy("last-chunk-of-one-row", 129, 16, 100, ignored=9, weighted=True),
+        linear_cross_entropy("chunks-none", 131, 16, 100, "none", ignored=9, weighted=True),
+    ]
+)
+def test_chunks_of_rows(case, backend, dtype, small_chunks):
+    check_parity(case, backend, dtype)
+
+
+@on_backends([linear_cross_entropy("chunks", 129, 16, 100)])
+def test_two_runs_over_chunks_are_bit_equal(case, backend, small_chunks):
+    inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
+    with use_backend(backend):
+        first, second = (results(case.fused, inputs, dout) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+@on_every_backend
+def test_fp16_gradients_do_not_overflow_on_the_way(backend):
+    """Under a loss scale, dlogits are beyond fp16's range where dh and dw are not."""
+    case = linear_cross_entropy("loss-scale", 9, 16, 100, "none")
+    case = replace(case, inputs={name: x / 64 for name, x in case.inputs.items()})
+    check_parity(case, backend, torch.float16, dout=torch.full((9,), 2.0**17, device=DEVICE))
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_token_of_weight_zero_takes_no_gradient_from_a_bad_loss(backend, dtype):
+    case = linear_cross_entropy("zero-weight", 9, 16, 100, "none", ignored=2, weighted=True)
+    case.fused.keywords["token_weight"][4] = 0
+    dout = upstream(case, dtype).float()
+    with use_backend(backend):
+        expected = results(case.fused, cast(case, dtype, dtype), dout)
+        dout[[0, 4]] = torch.nan
+        actual = results(case.fused, cast(case, dtype, dtype), dout)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@on_every_backend
+def test_an_ignored_index_may_be_a_token(backend):
+    case = linear_cross_entropy("padding-token", 21, 16, 50)
+    targets = case.fused.keywords["targets"]
+    targets[::2] = 0
+    other = targets.where(targets != 0, -100)
+    with use_backend(backend):
+        actual = results(partial(case.fused, ignore_index=0), case.inputs)
+        expected = results(partial(case.fused, targets=other), case.inputs)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@on_every_backend
+def test_targets_and_weights_of_any_stride(backend):
+    case = linear_cross_entropy("strided", 21, 16, 50, weighted=True)
+    strided = {
+        name: case.fused.keywords[name].repeat_interleave(2)[::2]
+        for name in ("targets", "token_weight")
+    }
+    with use_backend(backend):
+        actual = results(partial(case.fused, **strided), case.inputs)
+        expected = results(case.fused, case.inputs)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@on_triton
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("needed", "products"), [((), 1), (("h",), 2), (("w",), 2), (("h", "w"), 3)]
+)
+def test_what_nobody_needs_is_not_computed(needed, products, reduction, small_chunks, launches):
+    case = linear_cross_entropy("frozen", 65, 16, 100, reduction)
+    leaves = {k: x.clone().requires_grad_(k in needed) for k, x in case.inputs.items()}
+    with use_backend("triton"):
+        loss = case.fused(**leaves).sum()
+        if needed:
+            loss.backward()
+    chunks, again = 2, reduction == "none" and len(needed) > 0
+    assert launches["triton", "cross_entropy_kernel"] == chunks * (1 + again)
+    assert launches["triton", "matmul_kernel"] == chunks * (products + again)
+    scaled = 0 if reduction == "none" else len(needed)
+    assert launches["triton", "scale_gradients_kernel"] == scaled
+
+
+@on_triton
+def test_targets_out_of_range_are_recorded_by_the_kernel(monkeypatch):
+    """On a GPU nothing else looks at them; the first stays."""
+    from gpt1_kernels.backends.triton import linear_cross_entropy as kernels
+
+    monkeypatch.setattr(kernels, "check_ids", lambda *args: None)
+    monkeypatch.setattr(errors, "_records", {})
+    h, w = torch.randn(9, 16, device=DEVICE), torch.randn(50, 16, device=DEVICE)
+    targets = torch.tensor([1, -100, 0, 49, 2, 3, 4, 5, 6], device=DEVICE)
+
+    def run():
+        return kernels.linear_cross_entropy_fwd(h, w, targets, None, -100, [True, True])
+
+    expected = run()
+    check_errors()
+    targets[4] = 50
+    losses, lse, dh, dw = run()
+    targets[4] = -1
+    run()
+    with pytest.raises(IndexError, match=rf"{OP}: id 50 is out of range \[0, 50\)"):
+        check_errors()
+    assert losses[4].isnan()
+    assert not dh[4].any()
+    assert torch.equal(lse, expected[1])
+    others = torch.arange(9, device=DEVICE) != 4
+    assert torch.equal(losses[others], expected[0][others])
+    assert torch.equal(dh[others], expected[2][others])
+    assert dw.isfinite().all()
+
+
+class Allocated(TorchDispatchMode):
+    """Adds up the bytes of all tensors that are made inside, views excepted."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and function._schema.returns[0].alias_info is None:
+            self.bytes += out.nbytes
+        return out
+
+
+@on_triton
+@pytest.mark.parametrize("kilobytes", [99, 227], ids="{} KB of shared memory".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gpt1_needs_less_than_400_megabytes_and_fills_132_processors(monkeypatch, dtype, kilobytes):
+    from gpt1_kernels.backends.triton import launch, matmul
+    from gpt1_kernels.backends.triton import linear_cross_entropy as kernels
+
+    for module in (kernels, matmul):
+        monkeypatch.setattr(module, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(kernels, "check_ids", lambda *args: None)
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "shared_memory", lambda device: kilobytes * 1024)
+    launch.product_tiles.cache_clear()
+
+    C, V, device = 768, GPT1_VOCABULARY, torch.device("meta")
+    rows = launch.chunk_rows(C, V, dtype, device)
+    h = torch.empty(rows, C, dtype=dtype, device=device)
+    w = torch.empty(V, C, dtype=dtype, device=device)
+    targets = torch.empty(rows, dtype=torch.int64, device=device)
+    with Allocated() as allocated:  # by one chunk; the next uses the same memory
+        losses, lse, dh, _ = kernels.linear_cross_entropy_fwd(h, w, targets, None, -100, [True] * 2)
+    workspace = allocated.bytes - losses.nbytes - lse.nbytes - dh.nbytes
+    assert dtype.itemsize * rows * V + 4 * V * C < workspace < 400e6
+
+    tiles = launch.product_tiles(dtype, device)
+    count = rows // tiles.BLOCK_M * -(-C // tiles.BLOCK_N)
+    programs = launch.split_programs(count, V, tiles, device) or count
+    launch.product_tiles.cache_clear()
+    assert programs == 132
