@@ -227,7 +227,9 @@ CALLS = {
         counted_at=(4, 5),
     ),
     "embedding_bwd": Call(
-        _embedding("bwd"), lambda B: roofline.embedding_bwd(B * T, V, T, C, S), counted_at=(1, 2)
+        _embedding("bwd"),
+        lambda B: roofline.embedding_bwd(B * T, V, T, C, S),
+        counted_at=(1, 2),
     ),
 }
 
