@@ -51,7 +51,8 @@ def _keep(seed: Tensor, row_numbers: Tensor, columns: int, p: float) -> Tensor:
     if seed.is_cuda:
         row_numbers = row_numbers.to(seed.device, non_blocking=True)
         return rng.keep_mask_of_rows(seed, row_numbers, columns, p)
-    key, site_and_step = (word & 0xFFFFFFFFFFFFFFFF for word in seed.tolist())
+    words = seed.tolist()  # host: the seed of a CPU call is there
+    key, site_and_step = (word & 0xFFFFFFFFFFFFFFFF for word in words)
     mask = np.empty((len(row_numbers), columns), dtype=np.bool_)
     numbers = row_numbers.numpy().astype(np.uint64)
     rows_per_chunk = max(1, BLOCKS_PER_CHUNK * 8 // max(columns, 1))
