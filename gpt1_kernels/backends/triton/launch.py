@@ -114,11 +114,12 @@ def attention_fwd_tiles(D: int, itemsize: int) -> AttentionTiles:
 
 @cache
 def attention_dq_tiles(D: int, itemsize: int) -> AttentionTiles:
+    """Half of forward's queries to a tile: there are twice as many scores in registers."""
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
         return AttentionTiles(128, 64, _head_columns(D), num_warps=8, num_stages=3)
-    return AttentionTiles(64, 64, _head_columns(D), num_warps=8, num_stages=2)
+    return AttentionTiles(64, 32, _head_columns(D), num_warps=8, num_stages=2)
 
 
 @cache
@@ -132,8 +133,8 @@ def attention_dkdv_tiles(D: int, itemsize: int) -> AttentionTiles:
 
 
 def _fp32_attention_tiles(D: int) -> AttentionTiles:
-    """Exact products hold both operands in registers, so the tiles are small."""
-    return AttentionTiles(32, 32, _head_columns(D), num_warps=8 if D <= 64 else 16, num_stages=1)
+    """Small, because exact products hold their operands in registers."""
+    return AttentionTiles(32, 32, _head_columns(D), num_warps=8 if D <= 64 else 16, num_stages=2)
 
 
 def _head_columns(D: int) -> int:
