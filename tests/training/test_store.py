@@ -141,7 +141,7 @@ def test_two_that_need_the_same_at_once_write_it_once(corpus, tokenizer, tmp_pat
 
 # Stands in for a part of a corpus, so that the process need not import torch.
 SLOW_WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from training.store import tokenised
 from training.tokenizer import Tokenizer
@@ -154,6 +154,7 @@ class Part:
         print("half", flush=True)
         time.sleep(600)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
 saved, cache = map(Path, sys.argv[1:])
 tokenised(Part(), Tokenizer.open(saved), cache)
 """
@@ -180,7 +181,7 @@ def test_an_interrupted_process_leaves_no_half_written_store(how, tokenizer, tmp
         assert process.stdout.readline() == "half\n"
         (partial,) = (cache / "tokens").glob("*.partial")
         process.send_signal(how)
-        assert process.wait() != 0
+        assert process.wait(timeout=60) != 0
     folder = partial.with_suffix("")
     assert not folder.exists()
     assert partial.exists() == (how == signal.SIGKILL)
