@@ -80,7 +80,7 @@ PARTIAL_TILES = PartialTiles(BLOCK_P=256, BLOCK_C=16, num_warps=4)
 """Narrow, so that 768 columns of up to three gradients occupy every processor."""
 
 
-EXACT_TILES = ProductTiles(64, 64, 16, GROUP_M=8, num_warps=4, num_stages=3)
+EXACT_TILES = ProductTiles(64, 64, 16, GROUP_M=8, num_warps=8, num_stages=3)
 """For fp32, whose products the matrix units do not compute."""
 
 SMALL_TILES = ProductTiles(128, 128, 32, GROUP_M=8, num_warps=8, num_stages=4)
