@@ -300,7 +300,7 @@ def product(
 
 def _stored(x: Tensor) -> tuple[Tensor, bool]:
     """The operand row-major, and whether that is its transpose."""
-    transposed = x.stride(1) != 1 and x.shape[1] > 1
+    transposed = x.stride(1) != 1 and (x.stride(0) == 1 or x.shape[0] == 1)
     return (x.t() if transposed else x), transposed
 
 
