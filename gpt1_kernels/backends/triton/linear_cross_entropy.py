@@ -41,7 +41,8 @@ def _exp(x):
 def _log1p(x):
     """log(1 + x) of x ≥ 0 with all its digits (Goldberg 1991, theorem 4)."""
     u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+    added = tl.where(u == 1.0, 1.0, u - 1.0)
+    return tl.where(u == 1.0, x, tl.log(u) * (x / added))
 
 
 @triton.jit
