@@ -45,7 +45,7 @@ def in_default_run(name: str):
     return pytest.param(name, marks=[pytest.mark.slow] if name.startswith("layer_norm") else [])
 
 
-@pytest.mark.parametrize("name", map(in_default_run, traffic.CALLS))
+@pytest.mark.parametrize("name", [in_default_run(name) for name in traffic.CALLS])
 def test_traffic_of_gpt1(name):
     """Counted bytes over the floor: pinned exactly, and within the limits."""
     compulsory, issued, floor = traffic.measure(name)
