@@ -232,7 +232,7 @@ def _by_chunks(
 def _fp16_gain(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """fp32 (), the factor that puts the largest element of dlogits at the top of fp16's range.
 
-    Without it, the probabilities of a large vocabulary would underflow.
+    Without it, a loss scale would overflow there, and small probabilities lose digits.
     """
     if weight is None:
         return targets.new_full((), LARGEST_FP16_GRADIENT, dtype=torch.float32)
