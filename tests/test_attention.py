@@ -104,6 +104,17 @@ def test_a_head_of_one_column_is_a_head_with_zeros_beside_it(backend):
         torch.testing.assert_close(actual[name], value[..., :1])
 
 
+@pytest.mark.parametrize("backend", backends_of("causal_attention"))
+def test_positions_may_be_far_apart_in_memory(backend):
+    case = causal_attention("far-apart", 1, 3, 3, 1, 16)
+    far = {name: torch.empty(3, 2**23, device=DEVICE)[:, :16] for name in case.inputs}
+    far = {name: x.view(1, 3, 1, 16).copy_(case.inputs[name]) for name, x in far.items()}
+    with use_backend(backend):
+        expected, actual = (results(case.fused, inputs) for inputs in (case.inputs, far))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
 @pytest.mark.parametrize("p", [0.0, P])
 @pytest.mark.parametrize("backend", backends_of("causal_attention"))
 def test_a_row_that_sees_one_key_has_no_gradient_of_its_scores(backend, p):

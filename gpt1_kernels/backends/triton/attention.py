@@ -26,6 +26,7 @@ from gpt1_kernels.backends.triton.launch import (
 from gpt1_kernels.rng import keep_scale
 
 MAX_SIZES = {"head_size": 128}
+MAX_STRIDE = 2**22  # of positions: offsets inside a tile, of 256 rows at most, are 32-bit
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -629,12 +630,18 @@ def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.unflatten(2, (3, n_head, qkv.shape[2] // (3 * n_head))).unbind(2)
 
 
+def _within_reach(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied where positions are farther apart than a tile can address."""
+    return [t if t.stride(1) <= MAX_STRIDE else t.contiguous() for t in tensors]
+
+
 def _strides(*tensors: Tensor | None) -> list[tuple[int, ...]]:
     return [(0, 0, 0) if t is None else t.stride()[:3] for t in tensors]
 
 
 def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
     B, Tq, H, D = q.shape
+    q, k, v = _within_reach(q, k, v)
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if q.numel() > 0:
         tiles = attention_fwd_tiles(D, q.itemsize)
@@ -649,6 +656,7 @@ def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
 def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, dropout_p):
     B, Tq, H, D = q.shape
     Tk = k.shape[1]
+    q, k, v = _within_reach(q, k, v)
     delta = None
     if (dq is not None or dk is not None) and q.numel() > 0:
         delta = torch.empty_like(lse)
