@@ -1,0 +1,53 @@
+// Dropout bits, 32 to a word.
+#pragma once
+
+#include "common/philox.cuh"
+
+namespace gpt1 {
+
+/// A thread draws four words, 16 bytes where the rows are aligned to them.
+struct DropoutMask {
+    struct Params {
+        Global<std::uint32_t> bits;  // (matrices, rows, words)
+        Global<const std::int64_t> seed;
+        std::int64_t rows, columns, last_column, row_offset;
+        std::int64_t words, quads;  // of a row; quads = ceil(words / 4)
+        std::int64_t threads;       // matrices · rows · quads
+        std::uint32_t threshold;
+        std::string shape() const { return shape_text("rows", rows, "columns", columns); }
+    };
+    static constexpr const char* kName = "dropout_mask";
+    static constexpr int kThreads = 128;
+    static constexpr int kBlocksPerProcessor = 8;
+    static constexpr int kMaxSharedBytes = 0;
+
+    __device__ static void run(const Params& p) {
+        const std::int64_t index = block_index() * kThreads + thread_index();
+        const std::int64_t row = index / p.quads, first_word = index % p.quads * 4;
+        if (index >= p.threads || first_word * 32 > row % p.rows + p.last_column) return;
+        const DropoutStream stream(p.seed);
+        Vector<std::uint32_t, 4> words;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = draw_word(p, stream, first_word + i, row);
+        const std::int64_t offset = row * p.words + first_word;
+        if (p.words % 4 == 0) {
+            p.bits.store_vector(offset, words);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) p.bits.store(offset + i, words[i], first_word + i < p.words);
+        }
+    }
+
+    __device__ static std::uint32_t draw_word(
+        const Params& p, const DropoutStream& stream, std::int64_t word, std::int64_t row) {
+        std::uint32_t bits = 0;
+#pragma unroll
+        for (int octet = 0; octet < 4; ++octet) {
+            bits |= stream.keep8(word * 4 + octet, p.row_offset + row, p.threshold) << 8 * octet;
+        }
+        const std::int64_t used = p.columns - word * 32;
+        return used >= 32 ? bits : used <= 0 ? 0 : bits & ((1u << used) - 1);
+    }
+};
+
+}  // namespace gpt1

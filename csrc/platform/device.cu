@@ -1,0 +1,64 @@
+// What the GPU's platform does on the host's side of a launch.
+#include "platform/platform.cuh"
+#include "platform/runtime.h"
+
+namespace gpt1 {
+
+namespace {
+
+void check(cudaError_t error, const char* call) {
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+    }
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+}  // namespace
+
+CurrentDevice::CurrentDevice(int device) {
+    int current = 0;
+    check(cudaGetDevice(&current), "cudaGetDevice");
+    if (current != device) {
+        check(cudaSetDevice(device), "cudaSetDevice");
+        previous_ = current;
+    }
+}
+
+CurrentDevice::~CurrentDevice() {
+    if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+std::vector<Preparation>& preparations() {
+    static std::vector<Preparation> all;
+    return all;
+}
+
+void throw_launch_error(const char* kernel, const std::string& shape, cudaError_t error) {
+    throw std::runtime_error(std::string(kernel) + " (" + shape + "): " + cudaGetErrorString(error));
+}
+
+int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+int shared_memory_limit(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
+
+void prepare(int device) {
+    const CurrentDevice current(device);
+    for (const Preparation kernel : preparations()) {
+        // A kernel for larger chips stays unprepared here, and its launcher does not choose it.
+        if (kernel() != cudaSuccess) cudaGetLastError();
+    }
+}
+
+std::pair<int, int> versions() {
+    int driver = 0, runtime = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+    if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) runtime = 0;
+    return {driver, runtime};
+}
+
+}  // namespace gpt1

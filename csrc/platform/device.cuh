@@ -1,0 +1,336 @@
+// The primitives on a GPU. See platform.cuh.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "platform/types.h"
+
+namespace gpt1 {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+/// Where a primitive is called from, of interest to the CPU's version only.
+struct Site {
+    __device__ static constexpr Site current() { return {}; }
+};
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+    T values[N];
+    __device__ __forceinline__ T& operator[](int i) { return values[i]; }
+    __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
+};
+
+struct Pair {
+    float low, high;
+};
+
+// --- indices ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int thread_index() { return threadIdx.x; }
+__device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
+__device__ __forceinline__ std::int64_t block_index() { return blockIdx.x; }
+__device__ __forceinline__ std::int64_t grid_size() { return gridDim.x; }
+
+// --- barriers and collectives ----------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier(Site = Site::current()) { __syncthreads(); }
+__device__ __forceinline__ void warp_barrier(Site = Site::current()) { __syncwarp(); }
+
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane, Site = Site::current()) {
+    return __shfl_sync(0xffffffffu, value, lane);
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask, Site = Site::current()) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+__device__ __forceinline__ bool any(bool condition, Site = Site::current()) {
+    return __any_sync(0xffffffffu, condition);
+}
+
+// --- memory ----------------------------------------------------------------------------------------
+
+template <class T>
+class Global {
+public:
+    Global() = default;
+    explicit Global(Array array) : data_(reinterpret_cast<T*>(array.first)) {}
+
+    __device__ __forceinline__ explicit operator bool() const { return data_ != nullptr; }
+
+    __device__ __forceinline__ std::remove_const_t<T> load(
+        std::int64_t i, bool mask = true, Site = Site::current()) const {
+        return mask ? data_[i] : std::remove_const_t<T>(0.0f);
+    }
+
+    __device__ __forceinline__ void store(
+        std::int64_t i, std::type_identity_t<T> value, bool mask = true, Site = Site::current()) const {
+        if (mask) data_[i] = value;
+    }
+
+    template <int N>
+    __device__ __forceinline__ Vector<std::remove_const_t<T>, N> load_vector(
+        std::int64_t i, bool mask = true, Site = Site::current()) const {
+        Vector<std::remove_const_t<T>, N> value{};
+        if (mask) value = *reinterpret_cast<const Vector<std::remove_const_t<T>, N>*>(data_ + i);
+        return value;
+    }
+
+    template <int N>
+    __device__ __forceinline__ void store_vector(
+        std::int64_t i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
+        if (mask) *reinterpret_cast<Vector<T, N>*>(data_ + i) = value;
+    }
+
+    __device__ __forceinline__ T* address(std::int64_t i) const { return data_ + i; }
+
+private:
+    T* data_ = nullptr;
+};
+
+template <class T>
+class Shared {
+public:
+    __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
+
+    __device__ __forceinline__ T load(int i, bool mask = true, Site = Site::current()) const {
+        return mask ? data_[i] : T(0.0f);
+    }
+
+    __device__ __forceinline__ void store(int i, T value, bool mask = true, Site = Site::current()) const {
+        if (mask) data_[i] = value;
+    }
+
+    template <int N>
+    __device__ __forceinline__ Vector<T, N> load_vector(int i, bool mask = true, Site = Site::current()) const {
+        Vector<T, N> value{};
+        if (mask) value = *reinterpret_cast<const Vector<T, N>*>(data_ + i);
+        return value;
+    }
+
+    template <int N>
+    __device__ __forceinline__ void store_vector(
+        int i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
+        if (mask) *reinterpret_cast<Vector<T, N>*>(data_ + i) = value;
+    }
+
+    /// The `count` elements from `first` on.
+    __device__ __forceinline__ Shared slice(int first, int) const { return Shared(data_ + first); }
+
+    __device__ __forceinline__ unsigned address(int i) const {
+        return static_cast<unsigned>(__cvta_generic_to_shared(data_ + i));
+    }
+
+private:
+    T* data_;
+};
+
+extern __shared__ __align__(128) unsigned char shared_bytes_of_block[];
+
+/// Hands out the block's shared memory, in the same order in every thread.
+class SharedArena {
+public:
+    template <class T>
+    __device__ __forceinline__ Shared<T> take(int count) {
+        T* data = reinterpret_cast<T*>(shared_bytes_of_block + used_);
+        used_ += (count * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
+        return Shared<T>(data);
+    }
+
+private:
+    int used_ = 0;
+};
+
+template <class T>
+__device__ __forceinline__ void copy_async(
+    const Shared<std::remove_const_t<T>>& to, int i, const Global<T>& from, std::int64_t j,
+    bool mask = true, Site = Site::current()) {
+    // With a source size of 0 nothing is read, and 16 zero bytes are written.
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to.address(i)),
+                 "l"(from.address(mask ? j : 0)), "r"(mask ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+template <int kOpenGroups>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(kOpenGroups) : "memory");
+}
+
+/// Stores `desired` where `expected` is; gives what was there.
+__device__ __forceinline__ std::int64_t compare_exchange(
+    const Global<std::int64_t>& memory, std::int64_t i, std::int64_t expected, std::int64_t desired,
+    Site = Site::current()) {
+    return atomicCAS_system(reinterpret_cast<unsigned long long*>(memory.address(i)),
+                            static_cast<unsigned long long>(expected),
+                            static_cast<unsigned long long>(desired));
+}
+
+// --- numbers ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+
+/// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+    if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
+    else if constexpr (std::is_same_v<T, fp16>) return __float2half_rn(x);
+    else return x;
+}
+
+template <class To, class From>
+__device__ __forceinline__ To same_bits(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+/// Two elements of 2 bytes in a register, `low` first in memory.
+template <class T>
+__device__ __forceinline__ std::uint32_t pack(float low, float high) {
+    if constexpr (std::is_same_v<T, bf16>) return same_bits<std::uint32_t>(__floats2bfloat162_rn(low, high));
+    else return same_bits<std::uint32_t>(__floats2half2_rn(low, high));
+}
+
+template <class T>
+__device__ __forceinline__ Pair unpack(std::uint32_t word) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+    } else {
+        const float2 pair = __half22float2(same_bits<__half2>(word));
+        return {pair.x, pair.y};
+    }
+}
+
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
+
+// --- matrices --------------------------------------------------------------------------------------
+
+struct FragmentA {
+    std::uint32_t words[4];  // (16, 16): rows lane / 4 and + 8, columns 2 (lane % 4) and + 8
+};
+struct FragmentB {
+    std::uint32_t words[2];  // (16, 8): rows 2 (lane % 4) and + 8, column lane / 4
+};
+struct FragmentC {
+    float values[4];  // (16, 8): rows lane / 4 and + 8, columns 2 (lane % 4) and + 1
+};
+
+/// Lane l gives the first element of row l % 8 of matrix l / 8; it gets elements 2 (l % 4) and + 1
+/// of row l / 4 of each matrix.
+template <class T>
+__device__ __forceinline__ Vector<std::uint32_t, 4> load_matrices(
+    const Shared<T>& memory, int i, Site = Site::current()) {
+    Vector<std::uint32_t, 4> m;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(memory.address(i))
+                 : "memory");
+    return m;
+}
+
+/// The same of the matrices' transposes.
+template <class T>
+__device__ __forceinline__ Vector<std::uint32_t, 4> load_matrices_transposed(
+    const Shared<T>& memory, int i, Site = Site::current()) {
+    Vector<std::uint32_t, 4> m;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(memory.address(i))
+                 : "memory");
+    return m;
+}
+
+template <class T>
+__device__ __forceinline__ void mma(
+    FragmentC& c, const FragmentA& a, const FragmentB& b, Site = Site::current()) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+            : "+f"(c.values[0]), "+f"(c.values[1]), "+f"(c.values[2]), "+f"(c.values[3])
+            : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]),
+              "r"(b.words[1]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+            : "+f"(c.values[0]), "+f"(c.values[1]), "+f"(c.values[2]), "+f"(c.values[3])
+            : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]),
+              "r"(b.words[1]));
+    }
+}
+
+// --- launch ----------------------------------------------------------------------------------------
+
+/// Makes a device current, and the one before it on the way out.
+class CurrentDevice {
+public:
+    explicit CurrentDevice(int device);
+    ~CurrentDevice();
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+private:
+    int previous_ = -1;
+};
+
+/// What `prepare` does to each kernel on each device before its first launch.
+using Preparation = cudaError_t (*)();
+std::vector<Preparation>& preparations();
+void throw_launch_error(const char* kernel, const std::string& shape, cudaError_t error);
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerProcessor)
+    entry(const __grid_constant__ typename Kernel::Params params) {
+    Kernel::run(params);
+}
+
+template <class Kernel>
+struct Registered {
+    static cudaError_t prepare() {
+        return cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    Kernel::kMaxSharedBytes);
+    }
+    static inline const bool done = (preparations().push_back(&prepare), true);
+};
+
+/// Starts a kernel on a stream; does not wait for it.
+template <class Kernel>
+void launch(std::int64_t grid, int shared_bytes, Stream stream, const typename Kernel::Params& params) {
+    static_cast<void>(Registered<Kernel>::done);
+    const CurrentDevice current(stream.first);
+    entry<Kernel><<<static_cast<unsigned>(grid), Kernel::kThreads, shared_bytes,
+                    reinterpret_cast<cudaStream_t>(stream.second)>>>(params);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) throw_launch_error(Kernel::kName, params.shape(), error);
+}
+
+/// The number of multiprocessors of a device.
+int processors(int device);
+
+/// The bytes of shared memory that a block of a device may ask for.
+int shared_memory_limit(int device);
+
+}  // namespace gpt1

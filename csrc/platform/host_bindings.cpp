@@ -1,0 +1,52 @@
+// What the host's module has beside the kernels: how threads are ordered, and what was counted.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "platform/host_memory.h"
+#include "platform/host_planted.h"
+#include "platform/runtime.h"
+
+namespace py = pybind11;
+
+namespace gpt1 {
+
+namespace {
+
+void set_order(const std::string& name, std::uint64_t seed) {
+    using host::Order;
+    const std::map<std::string, Order> orders = {
+        {"forward", Order::kForward}, {"reversed", Order::kReversed}, {"shuffled", Order::kShuffled}};
+    const auto found = orders.find(name);
+    if (found == orders.end()) {
+        throw std::invalid_argument("order: '" + name + "', expected forward, reversed or shuffled");
+    }
+    host::set_order(found->second, seed);
+}
+
+py::dict traffic() {
+    py::dict kernels;
+    for (const auto& [kernel, t] : host::traffic()) {
+        kernels[py::str(kernel)] = py::dict(
+            py::arg("launches") = t.launches, py::arg("compulsory") = t.compulsory,
+            py::arg("issued") = t.issued, py::arg("shared_accesses") = t.shared_accesses,
+            py::arg("bank_conflicts") = t.bank_conflicts, py::arg("conflicts_at") = t.conflicts_at);
+    }
+    return kernels;
+}
+
+}  // namespace
+
+void bind_platform(py::module_& module) {
+    module.doc() = "The CUDA kernels on a CPU, thread by thread and checked: a tool for tests.";
+    py::register_exception<host::Fault>(module, "KernelFault", PyExc_RuntimeError);
+    module.def("set_order", &set_order, py::arg("order"), py::arg("seed") = 0,
+               "In which order threads run between barriers: forward, reversed or shuffled.");
+    module.def("count_traffic", &host::count_traffic, py::arg("on"),
+               "Counts sectors and bank conflicts of the launches from now on, from zero.");
+    module.def("traffic", &traffic, "What was counted, by kernel.");
+    module.def("planted_names", &host::planted_names, "Small kernels that test this platform.");
+    module.def("run_planted", &host::run_planted, py::arg("name"), py::arg("planted"),
+               "Runs one of them, with its bug or without.");
+}
+
+}  // namespace gpt1

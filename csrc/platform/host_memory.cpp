@@ -1,0 +1,333 @@
+#include "platform/host_memory.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <string_view>
+#include <unordered_map>
+#include <unordered_set>
+
+namespace gpt1::host {
+
+namespace {
+
+// --- who touched what ------------------------------------------------------------------------------
+
+constexpr int kCellBytes = 4;
+constexpr int kPageBytes = 4096;
+
+/// The last write of four bytes.
+struct LastWrite {
+    std::uint32_t block = 0, epoch = 0, warp_epoch = 0;
+    std::int16_t thread = 0;
+    std::uint8_t bytes = 0;     // of the four, a mask
+    std::uint8_t pending = 0;   // an asynchronous copy that has not been waited for
+};
+
+/// The reads of four bytes in the last epoch in which there were any.
+struct LastReads {
+    std::uint32_t block = 0, epoch = 0, warp_epoch = 0;
+    std::int16_t thread = 0;
+    std::uint8_t bytes = 0;
+    std::uint8_t others = 0;
+};
+constexpr std::uint8_t kOtherLanes = 1, kOtherWarps = 2;
+
+struct Cell {
+    LastWrite write;
+    LastReads reads;
+};
+
+using Page = std::array<Cell, kPageBytes / kCellBytes>;
+
+std::vector<Cell> shared_cells;
+std::unordered_map<std::uintptr_t, std::unique_ptr<Page>> global_pages;
+std::uint32_t first_block_of_launch = 0;
+
+Cell* cells_at(Space space, std::uintptr_t address) {
+    if (space == Space::kShared) {
+        return &shared_cells[(address - reinterpret_cast<std::uintptr_t>(block.shared.data())) / kCellBytes];
+    }
+    static std::uintptr_t last_number = 0;
+    static Page* last_page = nullptr;
+    const std::uintptr_t number = address / kPageBytes;
+    if (last_page == nullptr || number != last_number || global_pages.empty()) {
+        auto& page = global_pages[number];
+        if (!page) page = std::make_unique<Page>();
+        last_number = number;
+        last_page = page.get();
+    }
+    return &(*last_page)[address % kPageBytes / kCellBytes];
+}
+
+std::string who(int thread, std::uint32_t block_serial) {
+    const std::int64_t behind = block.serial - block_serial;
+    std::string text = "thread " + std::to_string(thread);
+    if (behind != 0) text += " of block " + std::to_string(block.index - behind);
+    return text;
+}
+
+/// Whether what a thread did is not ordered before what the running thread does.
+bool unordered(std::uint32_t block_of, std::uint32_t epoch, std::uint32_t warp_epoch, int thread_of) {
+    if (block_of != block.serial) return true;
+    if (thread_of == thread->index || epoch != block.epoch) return false;
+    return thread_of / kLanes != thread->index / kLanes || warp_epoch == warp().epoch;
+}
+
+bool unordered(const LastReads& reads) {
+    if (unordered(reads.block, reads.epoch, reads.warp_epoch, reads.thread)) return true;
+    if (reads.epoch != block.epoch) return false;
+    return reads.others & kOtherWarps || (reads.others & kOtherLanes && reads.warp_epoch == warp().epoch);
+}
+
+/// `oldest` is the first block whose accesses to this memory still matter.
+void check_cell(Cell& cell, Kind kind, std::uint8_t bytes, std::uint32_t oldest, const Site& site) {
+    LastWrite& write = cell.write;
+    LastReads& reads = cell.reads;
+    const char* verb = kind == Kind::kRead ? "reads" : "writes";
+    if (write.block >= oldest && write.bytes & bytes && kind != Kind::kAtomic) {
+        if (write.pending) {
+            fault(std::string(verb) + " where an asynchronous copy of " + who(write.thread, write.block) +
+                      " has not been waited for", site);
+        }
+        if (unordered(write.block, write.epoch, write.warp_epoch, write.thread)) {
+            fault(std::string(verb) + " what " + who(write.thread, write.block) +
+                      " wrote, with no barrier between", site);
+        }
+    }
+    if (kind == Kind::kAtomic) return;
+    if (kind == Kind::kRead) {
+        const bool same = reads.block == block.serial && reads.epoch == block.epoch;
+        if (!same) {
+            reads = {block.serial, block.epoch, warp().epoch, static_cast<std::int16_t>(thread->index), bytes, 0};
+            return;
+        }
+        if (reads.thread != thread->index) {
+            if (reads.thread / kLanes != thread->index / kLanes) reads.others |= kOtherWarps;
+            else if (reads.warp_epoch == warp().epoch) reads.others |= kOtherLanes;
+            else reads.others &= ~kOtherLanes;
+        }
+        reads.thread = thread->index;
+        reads.warp_epoch = warp().epoch;
+        reads.bytes |= bytes;
+        return;
+    }
+    if (reads.block >= oldest && reads.bytes & bytes && unordered(reads)) {
+        fault("writes what " + who(reads.thread, reads.block) + " read, with no barrier between", site);
+    }
+    write = {block.serial, block.epoch, warp().epoch, static_cast<std::int16_t>(thread->index), bytes, 0};
+}
+
+void check_conflicts(const Access& access, const Site& site) {
+    const std::uint32_t oldest = access.space == Space::kShared ? block.serial : first_block_of_launch;
+    const std::uintptr_t first = access.address(), end = first + access.bytes();
+    for (std::uintptr_t cell = first / kCellBytes * kCellBytes; cell < end; cell += kCellBytes) {
+        const int from = std::max(first, cell) - cell, to = std::min(end, cell + kCellBytes) - cell;
+        const std::uint8_t bytes = ((1 << to) - 1) & ~((1 << from) - 1);
+        check_cell(*cells_at(access.space, cell), access.kind, bytes, oldest, site);
+    }
+}
+
+// --- asynchronous copies ---------------------------------------------------------------------------
+
+struct Copy {
+    Access to;
+    std::array<unsigned char, 16> bytes;
+    int group;
+};
+
+struct Copies {
+    std::deque<Copy> open;
+    int groups = 0;  // committed, so also the number of the group that collects
+};
+
+std::vector<Copies> copies_of_threads;
+
+// --- counting --------------------------------------------------------------------------------------
+
+constexpr std::uintptr_t kSector = 32;
+constexpr int kBanks = 32, kBankBytes = 4, kPhaseBytes = 128;
+
+bool counting = false;
+std::map<std::string, Traffic> traffic_of_kernels;
+std::unordered_set<std::uintptr_t> sectors_read, sectors_written;
+
+/// One access of a warp: what its lanes do at a call site for the n-th time.
+struct WarpAccess {
+    Space space;
+    int lane_bytes = 0;
+    std::vector<std::uintptr_t> addresses;
+};
+
+using Place = std::pair<const char*, std::uint64_t>;  // file; line and column
+
+struct PlaceHash {
+    std::size_t operator()(const Place& place) const {
+        return reinterpret_cast<std::uintptr_t>(place.first) * 31 + place.second;
+    }
+};
+
+struct WarpPlace {
+    Place place;
+    int warp;
+    std::uint32_t execution;
+    bool operator==(const WarpPlace&) const = default;
+};
+
+struct WarpPlaceHash {
+    std::size_t operator()(const WarpPlace& key) const {
+        return PlaceHash{}(key.place) * 1000003 + key.execution * 64 + key.warp;
+    }
+};
+
+std::vector<std::unordered_map<Place, std::uint32_t, PlaceHash>> executions_of_threads;
+std::unordered_map<WarpPlace, WarpAccess, WarpPlaceHash> warp_accesses;
+
+/// How often the banks must be read beyond the fewest passes that so many bytes need.
+int conflicts(const WarpAccess& access) {
+    const std::size_t lanes = kPhaseBytes / std::max(access.lane_bytes, kBankBytes);
+    int extra = 0;
+    for (std::size_t first = 0; first < access.addresses.size(); first += lanes) {
+        std::array<std::vector<std::uintptr_t>, kBanks> words;
+        std::size_t passes = 1;
+        for (std::size_t i = first; i < std::min(first + lanes, access.addresses.size()); ++i) {
+            for (int byte = 0; byte < access.lane_bytes; byte += kBankBytes) {
+                const std::uintptr_t word = (access.addresses[i] + byte) / kBankBytes;
+                auto& bank = words[word % kBanks];
+                if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+                passes = std::max(passes, bank.size());
+            }
+        }
+        extra += passes - 1;
+    }
+    return extra;
+}
+
+void count(const Access& access, const Site& site) {
+    const Place place{site.file_name(), (std::uint64_t{site.line()} << 32 | site.column()) * 2 +
+                                            (access.kind == Kind::kWrite)};
+    const std::uint32_t execution = executions_of_threads[thread->index][place]++;
+    if (access.masked_out) return;
+    WarpAccess& together = warp_accesses[{place, thread->index / kLanes, execution}];
+    together.space = access.space;
+    together.lane_bytes = access.bytes();
+    together.addresses.push_back(access.address());
+    if (access.space == Space::kGlobal) {
+        auto& sectors = access.kind == Kind::kRead ? sectors_read : sectors_written;
+        for (auto s = access.address() / kSector; s <= (access.address() + access.bytes() - 1) / kSector; ++s) {
+            sectors.insert(s);
+        }
+    }
+}
+
+void sum_up_block() {
+    Traffic& total = traffic_of_kernels[block.kernel];
+    std::vector<std::uintptr_t> sectors;
+    for (const auto& [key, access] : warp_accesses) {
+        if (access.space == Space::kShared) {
+            const int extra = conflicts(access);
+            ++total.shared_accesses;
+            total.bank_conflicts += extra;
+            if (extra > 0) {
+                const std::string_view path = key.place.first;
+                total.conflicts_at[std::string(path.substr(path.rfind('/') + 1)) + ":" +
+                                   std::to_string(key.place.second >> 33)] += extra;
+            }
+            continue;
+        }
+        sectors.clear();
+        for (const std::uintptr_t address : access.addresses) {
+            for (auto s = address / kSector; s <= (address + access.lane_bytes - 1) / kSector; ++s) {
+                sectors.push_back(s);
+            }
+        }
+        std::sort(sectors.begin(), sectors.end());
+        total.issued += kSector * (std::unique(sectors.begin(), sectors.end()) - sectors.begin());
+    }
+    warp_accesses.clear();
+    for (auto& executions : executions_of_threads) executions.clear();
+}
+
+}  // namespace
+
+void check(const Access& access, const Site& site) {
+    if (counting) count(access, site);
+    if (access.masked_out) return;
+    const char* space = access.space == Space::kGlobal ? "global" : "shared";
+    if (access.index < 0 || access.index + access.count > access.extent) {
+        fault(std::string(access.kind == Kind::kRead ? "reads " : "writes ") + std::to_string(access.count) +
+                  " from element " + std::to_string(access.index) + " of a view of " + space + " memory with " +
+                  std::to_string(access.extent), site);
+    }
+    if (access.address() % access.bytes() != 0) {
+        fault("accesses " + std::to_string(access.bytes()) + " bytes of " + space + " memory at element " +
+                  std::to_string(access.index) + ", an address that is no multiple of it", site);
+    }
+    check_conflicts(access, site);
+}
+
+void start_copy(const Access& to, const void* from, const Site& site) {
+    check(to, site);
+    Copies& copies = copies_of_threads[thread->index];
+    Copy copy{to, {}, copies.groups};
+    if (from != nullptr) std::memcpy(copy.bytes.data(), from, 16);
+    copies.open.push_back(copy);
+    std::memset(reinterpret_cast<void*>(to.address()), 0xff, 16);
+    for (int byte = 0; byte < 16; byte += kCellBytes) {
+        cells_at(Space::kShared, to.address() + byte)->write.pending = 1;
+    }
+}
+
+void commit_copies() { ++copies_of_threads[thread->index].groups; }
+
+void wait_for_copies(int open_groups, const Site& site) {
+    Copies& copies = copies_of_threads[thread->index];
+    while (!copies.open.empty() && copies.open.front().group < copies.groups - open_groups) {
+        const Copy& copy = copies.open.front();
+        for (int byte = 0; byte < 16; byte += kCellBytes) {
+            cells_at(Space::kShared, copy.to.address() + byte)->write.pending = 0;
+        }
+        check_conflicts(copy.to, site);  // it lands now at the latest
+        std::memcpy(reinterpret_cast<void*>(copy.to.address()), copy.bytes.data(), 16);
+        copies.open.pop_front();
+    }
+}
+
+void finish_copies() { copies_of_threads[thread->index].open.clear(); }
+
+void begin_launch() {
+    first_block_of_launch = block.serial + 1;
+    constexpr std::size_t kMostPages = 8192;
+    if (global_pages.size() > kMostPages) global_pages.clear();
+    shared_cells.assign(block.shared.size() / kCellBytes + 1, Cell{});
+    copies_of_threads.assign(block.threads.size(), {});
+    executions_of_threads.resize(std::max(executions_of_threads.size(), block.threads.size()));
+    warp_accesses.clear();
+    for (auto& executions : executions_of_threads) executions.clear();
+    sectors_read.clear();
+    sectors_written.clear();
+}
+
+void begin_block() { std::memset(block.shared.data(), 0xff, block.shared.size()); }
+
+void end_block() {
+    if (counting) sum_up_block();
+}
+
+void end_launch() {
+    if (!counting) return;
+    Traffic& total = traffic_of_kernels[block.kernel];
+    ++total.launches;
+    total.compulsory += kSector * (sectors_read.size() + sectors_written.size());
+}
+
+void count_traffic(bool on) {
+    counting = on;
+    if (on) traffic_of_kernels.clear();
+}
+
+const std::map<std::string, Traffic>& traffic() { return traffic_of_kernels; }
+
+}  // namespace gpt1::host

@@ -1,0 +1,210 @@
+#include "platform/host_planted.h"
+
+#include <map>
+
+#include "platform/platform.cuh"
+
+namespace gpt1::host {
+
+namespace {
+
+constexpr int kCount = 64;
+
+struct Params {
+    Global<float> x;  // (kCount,)
+    Global<float> y;  // (kCount,)
+    bool planted;
+    std::string shape() const { return ""; }
+};
+
+template <void (*kRun)(const Params&)>
+struct Planted {
+    using Params = host::Params;
+    static constexpr const char* kName = "planted";
+    static constexpr int kThreads = kCount;
+    static constexpr int kBlocksPerProcessor = 1;
+    static constexpr int kMaxSharedBytes = 1024;
+    static void run(const Params& p) { kRun(p); }
+};
+
+void missing_barrier(const Params& p) {
+    const int i = thread_index();
+    const Shared<float> memory = SharedArena().take<float>(kCount);
+    memory.store(i, p.x.load(i));
+    if (!p.planted) barrier();
+    p.y.store(i, memory.load(kCount - 1 - i));
+}
+
+void missing_second_barrier(const Params& p) {
+    const int i = thread_index();
+    const Shared<float> memory = SharedArena().take<float>(kCount);
+    for (int round = 0; round < 2; ++round) {
+        memory.store(i, p.x.load(i));
+        barrier();
+        p.y.store(i, memory.load(kCount - 1 - i));
+        if (!p.planted) barrier();
+    }
+}
+
+void missing_warp_barrier(const Params& p) {
+    const int i = thread_index();
+    const Shared<float> memory = SharedArena().take<float>(kCount);
+    memory.store(i, p.x.load(i));
+    if (!p.planted) warp_barrier();
+    p.y.store(i, memory.load(i ^ 1));
+}
+
+void warp_barrier_instead_of_barrier(const Params& p) {
+    const int i = thread_index();
+    const Shared<float> memory = SharedArena().take<float>(kCount);
+    memory.store(i, p.x.load(i));
+    if (p.planted) warp_barrier();
+    else barrier();
+    p.y.store(i, memory.load(kCount - 1 - i));
+}
+
+void read_out_of_bounds(const Params& p) { p.y.store(thread_index(), p.x.load(thread_index() + p.planted)); }
+
+void write_out_of_bounds(const Params& p) { p.y.store(thread_index() - p.planted, 0.0f); }
+
+void shared_out_of_bounds(const Params& p) {
+    SharedArena().take<float>(kCount).store(thread_index() + p.planted, 0.0f);
+}
+
+void more_shared_memory_than_launched(const Params& p) { SharedArena().take<float>(p.planted ? 257 : 256); }
+
+void unaligned_access(const Params& p) {
+    const int i = thread_index();
+    p.y.store_vector<4>(i / 16 * 16 + i % 4 * 4, p.x.load_vector<4>(i % 8 * 4 + p.planted), i < 4);
+}
+
+void missing_lane(const Params& p) {
+    const int i = thread_index();
+    float value = p.x.load(i);
+    if (!p.planted || i != 40) value = shuffle_xor(value, 1);
+    p.y.store(i, value);
+}
+
+void lanes_in_two_places(const Params& p) {
+    const int i = thread_index();
+    float value = p.x.load(i);
+    if (p.planted && i % 2 == 0) value = shuffle_xor(value, 2);
+    else value = shuffle_xor(value, 2);
+    p.y.store(i, value);
+}
+
+void barrier_not_for_all(const Params& p) {
+    if (!p.planted || thread_index() < 32) barrier();
+    else shuffle_xor(0, 1), barrier();
+}
+
+void barrier_after_exit(const Params& p) {
+    if (p.planted && thread_index() == 5) return;
+    barrier();
+}
+
+void copy_used_before_its_wait(const Params& p) {
+    const int i = thread_index();
+    const Shared<float> memory = SharedArena().take<float>(kCount);
+    if (i < kCount / 4) copy_async(memory, 4 * i, p.x, 4 * i);
+    copy_async_commit();
+    if (!p.planted) copy_async_wait<0>();
+    barrier();
+    p.y.store(i, memory.load(i));
+}
+
+void copy_waited_for_by_its_thread_only(const Params& p) {
+    const int i = thread_index();
+    const Shared<float> memory = SharedArena().take<float>(kCount);
+    if (i < kCount / 4) copy_async(memory, 4 * i, p.x, 4 * i);
+    copy_async_commit();
+    copy_async_wait<0>();
+    if (!p.planted) barrier();
+    p.y.store(i, memory.load(i));
+}
+
+void one_group_too_few_waited_for(const Params& p) {
+    const int i = thread_index();
+    const Shared<float> memory = SharedArena().take<float>(2 * kCount);
+    for (int stage = 0; stage < 2; ++stage) {
+        if (i < kCount / 4) copy_async(memory, stage * kCount + 4 * i, p.x, 4 * i);
+        copy_async_commit();
+    }
+    if (p.planted) copy_async_wait<2>();
+    else copy_async_wait<1>();
+    barrier();
+    p.y.store(i, memory.load(i));
+}
+
+/// Two stages; the copy of the round after next goes where others may still be reading.
+void write_onto_a_live_stage(const Params& p) {
+    const int i = thread_index();
+    const Shared<float> memory = SharedArena().take<float>(2 * kCount);
+    const auto fetch = [&](int stage) {
+        if (i < kCount / 4) copy_async(memory, stage * kCount + 4 * i, p.x, 4 * i);
+        copy_async_commit();
+    };
+    fetch(0);
+    fetch(1);
+    for (int round = 0; round < 4; ++round) {
+        copy_async_wait<1>();
+        barrier();
+        p.y.store(i, memory.load(round % 2 * kCount + i));
+        if (!p.planted) barrier();
+        fetch(round % 2);
+    }
+    copy_async_wait<0>();
+}
+
+void two_blocks_write_one_place(const Params& p) {
+    const int first = p.planted ? 0 : static_cast<int>(block_index()) * kCount / 2;
+    p.y.store(first + thread_index() % (kCount / 2), 0.0f, thread_index() < kCount / 2);
+}
+
+using Run = void (*)(const Params&);
+
+template <void (*kRun)(const Params&), int kGrid = 1>
+void run(const Params& params) {
+    launch<Planted<kRun>>(kGrid, 1024, Stream{}, params);
+}
+
+const std::map<std::string, Run>& runs() {
+    static const std::map<std::string, Run> all = {
+        {"missing barrier", run<missing_barrier>},
+        {"missing second barrier", run<missing_second_barrier>},
+        {"missing warp barrier", run<missing_warp_barrier>},
+        {"warp barrier instead of barrier", run<warp_barrier_instead_of_barrier>},
+        {"read out of bounds", run<read_out_of_bounds>},
+        {"write out of bounds", run<write_out_of_bounds>},
+        {"shared memory out of bounds", run<shared_out_of_bounds>},
+        {"more shared memory than launched", run<more_shared_memory_than_launched>},
+        {"unaligned access", run<unaligned_access>},
+        {"missing lane", run<missing_lane>},
+        {"lanes in two places", run<lanes_in_two_places>},
+        {"barrier not for all", run<barrier_not_for_all>},
+        {"barrier after exit", run<barrier_after_exit>},
+        {"copy used before its wait", run<copy_used_before_its_wait>},
+        {"copy waited for by its thread only", run<copy_waited_for_by_its_thread_only>},
+        {"one group too few waited for", run<one_group_too_few_waited_for>},
+        {"write onto a live stage", run<write_onto_a_live_stage>},
+        {"two blocks write one place", run<two_blocks_write_one_place, 2>},
+    };
+    return all;
+}
+
+}  // namespace
+
+void run_planted(const std::string& name, bool planted) {
+    alignas(16) float x[kCount], y[kCount];
+    for (int i = 0; i < kCount; ++i) x[i] = static_cast<float>(i);
+    const auto view = [](float* data) { return Array{reinterpret_cast<std::uintptr_t>(data), kCount}; };
+    runs().at(name)({Global<float>(view(x)), Global<float>(view(y)), planted});
+}
+
+std::vector<std::string> planted_names() {
+    std::vector<std::string> names;
+    for (const auto& [name, run] : runs()) names.push_back(name);
+    return names;
+}
+
+}  // namespace gpt1::host

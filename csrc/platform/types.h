@@ -1,0 +1,30 @@
+// What Python hands to a launcher: plain types, without CUDA, so that bindings.cpp needs none.
+#pragma once
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace gpt1 {
+
+/// A tensor: its address, and how many elements lie from its first to its last. (0, 0) if absent.
+using Array = std::pair<std::uintptr_t, std::int64_t>;
+
+/// Where to launch: a device's index and a cudaStream_t.
+using Stream = std::pair<int, std::uintptr_t>;
+
+/// The types of elements, as backends/cuda/extension.py numbers them.
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+/// "N=5, C=768": names and values in turn, for the messages of errors.
+template <class... Parts>
+std::string shape_text(const Parts&... parts) {
+    std::ostringstream text;
+    int count = 0;
+    ((text << (count == 0 ? "" : count % 2 == 0 ? ", " : "=") << parts, ++count), ...);
+    return text.str();
+}
+
+}  // namespace gpt1
