@@ -80,7 +80,10 @@ class BuildWithNinja(build_ext):
         (folder / "build.ninja").write_text(ninja_file(name))
         ninja = [sys.executable, "-m", "ninja", "-C", str(folder), f"-j{parallel_jobs()}"]
         if subprocess.run(ninja, check=False).returncode != 0:
-            raise CompileError(f"{ext.name} was not built: the compiler's message is above")
+            raise CompileError(
+                f"{ext.name} was not built: the compiler says why above; ENVIRONMENT.md has "
+                "the variables that leave it out"
+            )
         module = Path(self.get_ext_fullpath(ext.name))
         module.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / f"{name}.so", module)
@@ -91,7 +94,7 @@ def ninja_file(name: str) -> str:
     import pybind11
 
     on_host = name == "_cuda_host"
-    nvcc, cxx = find_nvcc(), os.environ.get("CXX")
+    cxx = os.environ.get("CXX")
     python = [pybind11.get_include(), *map(sysconfig.get_path, ("include", "platinclude"))]
     variables = {
         "cxx": cxx or "g++",
@@ -102,8 +105,9 @@ def ninja_file(name: str) -> str:
     }
     if not on_host:
         capabilities = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+        host_compiler = [] if cxx is None else [f"-ccbin={cxx}"]
         variables |= {
-            "nvcc": shlex.join([nvcc] if cxx is None else [nvcc, f"-ccbin={cxx}"]),
+            "nvcc": shlex.join([find_nvcc(), *host_compiler]),
             "nvcc_flags": NVCC_FLAGS,
             "architectures": architecture_flags(capabilities),
         }
