@@ -9,30 +9,32 @@ from torch import Tensor
 class ErrorRecord:
     """The first id out of range that one op met on one GPU.
 
-    `host` is pinned memory that a kernel may write to directly: int64 [1 once there is an error,
-    the id]. `state` is its twin on the device, for what is written in plain PyTorch.
+    `host` is memory that kernels write to, pinned where the device is a GPU: int64 [1 once there is
+    an error, the id]. Whoever finds an id out of range writes it there only if none is recorded.
     """
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.host = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.state = torch.zeros(2, dtype=torch.int64, device=device)
 
     def note(self, ids: Tensor, valid: Tensor) -> None:
-        """Keeps the first of `ids` that is not `valid`, if there is one; does not wait for it."""
+        """Keeps the first of `ids` that is not `valid`, if there is one; does not wait for it.
+
+        The record is read when the stream comes to it: kernels launched before have written theirs.
+        """
         invalid = ~valid.flatten()
         found = torch.stack([invalid.any().long(), ids.flatten()[invalid.long().argmax()].long()])
-        self.state.copy_(torch.where(self.state[0] == 0, found, self.state))
-        self.host.copy_(self.state, non_blocking=True)
+        recorded = self.host.to(self.device, non_blocking=True)
+        self.host.copy_(torch.where(recorded[0] == 0, found, recorded), non_blocking=True)
 
     def take(self) -> int | None:
         """The recorded id, which is then forgotten, or None."""
         if not self.host[0]:
             return None
-        if self.state.is_cuda:
-            torch.cuda.synchronize(self.state.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         value = int(self.host[1])
         self.host.zero_()
-        self.state.zero_()
         return value
 
 

@@ -1,11 +1,13 @@
 """torch.compile and the fakes behind it: rows 21 and 22 of the edge cases."""
 
-from functools import partial
+import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.launchers import OVER_LENGTHS
 from gpt1_kernels import GPT1LMHeadModel, ops, use_backend
 from tests.cases import DEVICE, PARITY, SEED, cast, on_backends, results, upstream
 from tests.models import T, config, randomised, tokens, with_dropout
@@ -99,7 +101,7 @@ def test_row22_changing_lengths_compile_once_a_class():
         return ops.dropout_add_layer_norm(y, y, w, w, 1e-5, 0.1, seed, row_offset=row_offset)
 
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, backend=counter, fullgraph=True)
     for length in (40, 33, 17, 16, 9, 21, 30, 35, 39):
         x = qkv[:, :length]
@@ -107,24 +109,23 @@ def test_row22_changing_lengths_compile_once_a_class():
     assert counter.frame_count == 3
 
 
+def specialisations() -> int:
+    """How many times Triton has compiled a kernel of ours."""
+    from triton.runtime.jit import JITFunction
+
+    names = [name for name in sys.modules if name.startswith("gpt1_kernels.backends.triton.")]
+    values = [value for name in names for value in vars(sys.modules[name]).values()]
+    kernels = {value for value in values if isinstance(value, JITFunction)}
+    return sum(len(c) for kernel in kernels for c, *_ in kernel.device_caches.values())
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
-def test_row22_triton_compiles_nothing_for_a_new_length():
-    from gpt1_kernels.backends.triton import layer_norm as kernels
-
-    w = torch.randn(48, device=DEVICE)
-
-    def run(rows):
-        x = torch.randn(rows, 48, device=DEVICE, requires_grad=True)
-        call = partial(ops.dropout_add_layer_norm, x, x, w, w, 1e-5, 0.1, SEED)
-        with use_backend("triton"):
-            call(row_offset=rows).sum().backward()
-
-    def compiled():
-        functions = (kernels.layer_norm_fwd_kernel, kernels.layer_norm_bwd_kernel)
-        return [len(cache) for f in functions for cache, *_ in f.device_caches.values()]
-
-    run(64)
-    before = compiled()
-    for rows in (1, 16, 17, 33, 100, 1000, 4096):
-        run(rows)
-    assert compiled() == before
+@pytest.mark.parametrize("op", OVER_LENGTHS, ids=lambda op: op.__name__)
+def test_row22_triton_compiles_nothing_for_a_new_length(op):
+    with torch.device(DEVICE):
+        for length in (32, 33, 512):  # of each class that words of dropout bits in a row have
+            op(length, torch.bfloat16)
+        before = specialisations()
+        for length in (1, 16, 17, 100, 1000, 1024):
+            op(length, torch.bfloat16)
+    assert 0 < before == specialisations()

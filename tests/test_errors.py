@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gpt1_kernels import check_errors, errors, ops
+from gpt1_kernels.backends import kernel
 from tests.cases import DEVICE
 
 
@@ -31,6 +32,26 @@ def test_the_first_id_out_of_range_is_raised_once(record):
     check_errors()
     note(record, -1)
     with pytest.raises(IndexError, match="id -1 "):
+        check_errors()
+
+
+def test_what_a_kernel_recorded_is_not_overwritten(record):
+    """`note` used to copy a twin of the record over what a Triton kernel had written to it."""
+    record.host.copy_(torch.tensor([1, 12]))
+    note(record, 3)
+    note(record, -1)
+    with pytest.raises(IndexError, match="id 12 "):
+        check_errors()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU raises at once")
+def test_backends_share_a_record(record):
+    tables = torch.randn(2, 10, 16, device=DEVICE)
+    for backend, value in (("triton", 12), ("portable", -1)):
+        ids = torch.tensor([[0, value]], device=DEVICE)
+        forward = kernel(backend, "embedding", "embedding_fwd")
+        forward(ids, *tables, None, None, None, 0.0, 0, torch.float32)
+    with pytest.raises(IndexError, match="id 12 "):
         check_errors()
 
 

@@ -1,4 +1,7 @@
-"""What a disassembled kernel says about itself: its accesses to global memory, its matrix units."""
+"""What a disassembled kernel says about itself: its loops, accesses to memory and matrix units.
+
+`text` is everywhere what `cuobjdump -sass` prints of one kernel.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,8 @@ def _instructions(text: str) -> list[tuple[int, list[str], str]]:
     return [(int(a, 16), o.split("."), rest) for a, o, rest in _INSTRUCTION.findall(text)]
 
 
-def loop_accesses(text: str) -> list[int]:
-    """Bytes a thread moves by each access to global memory inside loops, or by all if none has any.
-
-    Args:
-        text: what `cuobjdump -sass` prints of one kernel.
-    """
-    instructions = _instructions(text)
+def _loops(instructions: list[tuple[int, list[str], str]]) -> list[tuple[int, int]]:
+    """First and last address of each."""
     branches = [
         (address, opcode, int(target[1], 16))
         for address, opcode, operands in instructions
@@ -32,7 +30,13 @@ def loop_accesses(text: str) -> list[int]:
     ]
     # What diverged warps do stands behind the kernel, and jumps back: that is no loop.
     outlying = min((t for _, opcode, t in branches if "DIV" in opcode), default=float("inf"))
-    loops = [(t, a) for a, _, t in branches if t < a < outlying]
+    return [(t, a) for a, _, t in branches if t < a < outlying]
+
+
+def loop_accesses(text: str) -> list[int]:
+    """Bytes a thread moves by each access to global memory in loops, or by all if none has any."""
+    instructions = _instructions(text)
+    loops = _loops(instructions)
     everywhere, inside = [], []
     for address, opcode, _ in instructions:
         if opcode[0] in _ACCESSES:
@@ -42,6 +46,27 @@ def loop_accesses(text: str) -> list[int]:
             if any(start <= address <= end for start, end in loops):
                 inside.append(moved)
     return inside or everywhere
+
+
+def main_loop(text: str) -> int:
+    """Instructions of the loop, of those that hold no other, with most of the kernel's work in it.
+
+    It is the shortest with most products on the matrix units, since a loop over masked tiles does
+    more besides; without products the longest; without loops the whole kernel.
+    """
+    instructions, spans = _instructions(text), _loops(_instructions(text))
+    innermost = [
+        (start, end)
+        for start, end in spans
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans)
+    ]
+    bodies = [
+        [opcode[0] for address, opcode, _ in instructions if start <= address <= end]
+        for start, end in innermost or [(0, float("inf"))]
+    ]
+    products = [sum(opcode in _MATRIX_UNITS for opcode in body) for body in bodies]
+    lengths = [len(body) for body, n in zip(bodies, products, strict=True) if n == max(products)]
+    return min(lengths) if any(products) else max(lengths)
 
 
 def matrix_units(text: str) -> set[str]:

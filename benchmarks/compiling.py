@@ -1,0 +1,93 @@
+"""Triton's compiler without a GPU: what comes out for a chip that is not here.
+
+Only where Triton's interpreter is off, which is decided when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import KernelInterface
+
+from benchmarks.sass import loop_accesses, main_loop, matrix_units
+from gpt1_kernels.backends.triton import launch
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+PROCESSORS = 132
+
+
+class NoGPU:
+    """What Triton's compiler asks of a driver."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # each chip has its own cache of kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(capability: int, shared_memory: int, seen: Callable) -> Iterator[None]:
+    """Inside, a launch only compiles its kernel and calls `seen(kernel, constants, compiled)`.
+
+    Triton's driver is still the absent chip's afterwards; `driver.reset_active()` ends that.
+
+    Args:
+        capability: of the chip that is compiled for, ten times its number.
+        shared_memory: bytes of it that a program may have.
+    """
+
+    def compile_only(kernel, grid):
+        return lambda *args, **constants: seen(
+            kernel, constants, kernel.warmup(*args, grid=grid, **constants)
+        )
+
+    driver.set_active(NoGPU(capability))
+    launch.product_tiles.cache_clear()
+    with (
+        mock.patch.object(KernelInterface, "__getitem__", compile_only),
+        mock.patch.multiple(
+            launch,
+            processors=lambda device: PROCESSORS,
+            has_bulk_copies=lambda device: capability >= 90,
+            shared_memory=lambda device: shared_memory,
+        ),
+    ):
+        yield
+    launch.product_tiles.cache_clear()
+
+
+def disassembled(cubin: bytes) -> dict:
+    """Registers, stack and local memory of a kernel, and what `benchmarks.sass` reads from it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [CUOBJDUMP, option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, text = dump("-res-usage"), dump("-sass")
+    return {
+        name: int(re.search(rf"{key}:(\d+)", usage)[1])
+        for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))
+    } | {
+        "accesses": loop_accesses(text),
+        "matrix_units": sorted(matrix_units(text)),
+        "main_loop": main_loop(text),
+    }
