@@ -88,8 +88,8 @@ def gelu_ffn_fwd(
     hidden = x.new_empty(x.shape[0], w_fc.shape[1])
     pre = x.new_empty(hidden.shape if save_pre else 0)
     y = x.new_empty(x.shape[0], w_proj.shape[1])
-    product(x, w_fc, gelu_product, (hidden, b_fc, pre if save_pre else None), hidden.stride(0))
-    product(hidden, w_proj, store_product, (y, b_proj), y.stride(0))
+    product(x, w_fc, gelu_product, (hidden, b_fc, pre if save_pre else None))
+    product(hidden, w_proj, store_product, (y, b_proj))
     return y, pre
 
 
@@ -119,7 +119,7 @@ def gelu_ffn_bwd(
     if need_dpre or need_b_fc or need_w_proj:
         # Where only gelu(u) is needed, a product without terms leaves just the epilogue.
         C = dy.shape[1] if need_dpre or need_b_fc else 0
-        product(dy[:, :C], w_proj[:, :C].t(), dgelu_product, (pre, dpre, hidden, partial_db), F)
+        product(dy[:, :C], w_proj[:, :C].t(), dgelu_product, (pre, dpre, hidden, partial_db))
     if need_b_fc:
         sum_partials(partial_db[None], [db_fc])
     if need_w_proj:
