@@ -164,7 +164,7 @@ RUN_TILES = PartialTiles(BLOCK_P=64, BLOCK_C=64, num_warps=4)
 """Wide, since most programs find no run to add up; narrow enough to share out the longest run."""
 
 
-EXACT_TILES = ProductTiles(64, 64, 16, GROUP_M=8, num_warps=8, num_stages=3)
+EXACT_TILES = ProductTiles(64, 128, 16, GROUP_M=8, num_warps=8, num_stages=3)
 """For fp32, whose products the matrix units do not compute."""
 
 SMALL_TILES = ProductTiles(128, 128, 32, GROUP_M=8, num_warps=8, num_stages=4)
