@@ -86,6 +86,7 @@ def test_kernels_fit_their_chip(capability, dtype):
         "scale_gradients_kernel",
         "sum_partials_kernel",
         "sum_parts_kernel",
+        "sum_rows_kernel",
     }
     for row in rows:
         assert row["stack"] == row["local"] == 0, row
@@ -126,9 +127,9 @@ def test_twenty_lengths_compile_once_a_class():
         "causal_attention": dict.fromkeys(
             [f"causal_attention_{part}_kernel" for part in ("fwd", "bwd_dq", "bwd_dkdv")], 1
         ),
-        # Products of five layouts or epilogues, since dW₁ and dW₂ share theirs; sums of fp32
-        # partials and of rows of dy.
-        "gelu_ffn": {"matmul_kernel": 5, "sum_partials_kernel": 2},
+        # Products of five layouts or epilogues, since dW₁ and dW₂ share theirs; sums of partials
+        # of F and of C columns.
+        "gelu_ffn": {"matmul_kernel": 5, "sum_partials_kernel": 2, "sum_rows_kernel": 1},
         # Products: logits, dh, dW; the loss with gradients, without, and in backward.
         "linear_cross_entropy": {
             "matmul_kernel": 3,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gpt1_kernels.backends.triton.launch import product_tiles
 from gpt1_kernels.backends.triton.matmul import matmul, product, store_product, tile_indices
-from gpt1_kernels.backends.triton.partials import sum_partials
+from gpt1_kernels.backends.triton.partials import sum_partials, sum_rows
 
 TWICE_SQRT_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(0.044715)
@@ -129,5 +129,5 @@ def gelu_ffn_bwd(
     if need_x:
         matmul(dpre, w_fc.t(), dx)
     if need_b_proj:
-        sum_partials(dy[None], [db_proj])
+        sum_rows(dy, db_proj)
     return dx, dw_fc, db_fc, dw_proj, db_proj
