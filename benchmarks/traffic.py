@@ -16,6 +16,14 @@ GPT-1's training shape is too large to interpret. Once there are enough rows to 
 the chip, 132 processors, its size is constant, and more sequences only lengthen the programs'
 loops: bytes are a + b · B exactly. They are counted at two small B and continued to B = 64.
 Attention's programs each work on one head, so that a head or two are parts of a small B.
+
+A product's tiles read their operands whatever program they fall to, so its bytes grow by the row of
+tiles, from the first. Where sums are split (the weights' gradients of `gelu_ffn`), the cuts lie at
+the same shares of all steps for 4096 · n rows, n ≤ 10: then the parts are equally many.
+
+GPT-1's head is too large even so. `linear_cross_entropy` is counted with 798 of the 40478 tokens,
+which end in the same fraction of a tile, and chunks of 256 rows; its first chunk makes dW and every
+other adds to it, so bytes are linear in the chunks.
 """
 
 from __future__ import annotations
@@ -46,7 +54,10 @@ from gpt1_kernels.errors import error_record
 
 PROCESSORS = 132
 PROGRAMS = 8 * PROCESSORS  # of a LayerNorm's grid
+SHARED_MEMORY = 227 * 1024
 BATCH, T, C, H, D, V = 64, 512, 768, 12, 64, 40478
+F = 4 * C
+V_COUNTED, CHUNK = 798, 256
 DTYPE, S = torch.bfloat16, 2
 
 
@@ -128,12 +139,17 @@ def counting() -> Iterator[Traffic]:
 
 
 @contextmanager
-def grid_of(processors: int) -> Iterator[None]:
-    """Launches as on a chip of so many processors."""
-    with mock.patch.object(launching, "INTERPRETED_PROCESSORS", processors):
-        launching.processors.cache_clear()
+def data_centre_chip() -> Iterator[None]:
+    """Launches as on a chip of 132 processors with 227 KB of shared memory."""
+    caches = launching.processors, launching.shared_memory, launching.product_tiles
+    with mock.patch.multiple(
+        launching, INTERPRETED_PROCESSORS=PROCESSORS, SMALLEST_SHARED_MEMORY=SHARED_MEMORY
+    ):
+        for cached in caches:
+            cached.cache_clear()
         yield
-    launching.processors.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -215,6 +231,39 @@ def _attention(direction: str) -> Callable[[float], Callable]:
     return prepare
 
 
+def _gelu_ffn(direction: str) -> Callable[[float], Callable]:
+    def prepare(B: float):
+        N = round(B * T)
+        x, dy = torch.randn(2, N, C, dtype=DTYPE)
+        w_fc, w_proj = torch.randn(C, F, dtype=DTYPE), torch.randn(F, C, dtype=DTYPE)
+        run = kernel("triton", "gelu_ffn", f"gelu_ffn_{direction}")
+        if direction == "fwd":
+            b_fc, b_proj = torch.randn(F, dtype=DTYPE), torch.randn(C, dtype=DTYPE)
+            return lambda: run(x, w_fc, b_fc, w_proj, b_proj, True)
+        pre = torch.randn(N, F, dtype=DTYPE)
+        return lambda: run(dy, x, pre, w_fc, w_proj, [True] * 5)
+
+    return prepare
+
+
+def _linear_cross_entropy(B: float):
+    error_record("linear_cross_entropy", V_COUNTED, torch.device("cpu"))
+    N = round(B * T)
+    h, w = torch.randn(N, C, dtype=DTYPE), torch.randn(V_COUNTED, C, dtype=DTYPE)
+    targets = torch.arange(N) % V_COUNTED
+    run = kernel("triton", "linear_cross_entropy", "linear_cross_entropy_fwd")
+    chunk_bytes = CHUNK * launching.padded_vocabulary(V_COUNTED) * S
+
+    def unchecked():
+        with (
+            mock.patch("gpt1_kernels.backends.triton.linear_cross_entropy.check_ids"),
+            mock.patch.object(launching, "CHUNK_BYTES", chunk_bytes),
+        ):
+            run(h, w, targets, None, -100, [True] * 2)
+
+    return unchecked
+
+
 CALLS = {
     "layer_norm_fwd": Call(
         _layer_norm("layer_norm", "fwd", dropout=False),
@@ -259,6 +308,17 @@ CALLS = {
         lambda B: roofline.causal_attention_bwd(B, T, H, D, S),
         counted_at=(1 / H, 2 / H),
     ),
+    "gelu_ffn_fwd": Call(
+        _gelu_ffn("fwd"), lambda B: roofline.gelu_ffn_fwd(B * T, C, F, S, S), counted_at=(0.25, 0.5)
+    ),
+    "gelu_ffn_bwd": Call(
+        _gelu_ffn("bwd"), lambda B: roofline.gelu_ffn_bwd(B * T, C, F, S, S), counted_at=(8, 16)
+    ),
+    f"linear_cross_entropy of {V_COUNTED} tokens": Call(
+        _linear_cross_entropy,
+        lambda B: roofline.linear_cross_entropy(B * T, C, V_COUNTED, S),
+        counted_at=(0.5, 1),
+    ),
 }
 
 
@@ -268,11 +328,21 @@ def _any_bits(seed, block, row, step, site, n_rounds):
     return word, word, word, word
 
 
+def _any_product(builder, a, b, accumulator, *options):
+    """No bytes either, and no address depends on it."""
+    return accumulator
+
+
 @cache
 def count(name: str, B: float) -> tuple[int, int]:
-    """(compulsory, issued) bytes of a call at a batch size, on 132 processors."""
+    """(compulsory, issued) bytes of a call at a batch size, on a data-centre chip."""
     run = CALLS[name].prepare(B)
-    with grid_of(PROCESSORS), mock.patch.object(tl, "philox", _any_bits), counting() as traffic:
+    with (
+        data_centre_chip(),
+        mock.patch.object(tl, "philox", _any_bits),
+        mock.patch.object(InterpreterBuilder, "create_dot", _any_product),
+        counting() as traffic,
+    ):
         run()
     return traffic.compulsory, traffic.issued
 

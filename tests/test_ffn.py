@@ -24,6 +24,7 @@ SHAPES = [
     gelu_ffn("no-multiple-of-a-tile", 131, 67, 201),
     gelu_ffn("one-row", 1, 96, 384),
     gelu_ffn("two-tiles-of-rows", 130, 96, 384, b_proj=False),
+    gelu_ffn("rows-beyond-a-chunk-of-their-sum", 300, 24, 40),
 ]
 GPT1_WIDTH = gelu_ffn("gpt1-width", 33, 768, 768, b_proj=False)
 
@@ -95,6 +96,7 @@ def test_backward_launches_what_is_needed(needed, products, sums, launches):
         y.sum().backward()
     assert launches["triton", "matmul_kernel"] == products
     assert launches["triton", "sum_partials_kernel"] == sums
+    assert launches["triton", "sum_rows_kernel"] == ("b_proj" in needed)
 
 
 @pytest.mark.skipif("triton" not in backends_of("gelu_ffn"), reason="needs the Triton backend")

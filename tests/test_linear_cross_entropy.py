@@ -42,12 +42,13 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def long_steps(monkeypatch):
-    """Products in long steps, of which the interpreter takes fewer."""
+    """Products in long steps and whole tiles, of which the interpreter takes fewer."""
     if DEVICE == "cpu" and "triton" in backends_of(OP):
         from gpt1_kernels.backends.triton import launch, matmul
 
         tiles = launch.ProductTiles(256, 256, 256, GROUP_M=8, num_warps=8, num_stages=3)
         monkeypatch.setattr(matmul, "product_tiles", lambda dtype, device: tiles)
+        monkeypatch.setattr(matmul, "STRIP", type(matmul.STRIP)(tiles.BLOCK_N))
 
 
 @dtypes

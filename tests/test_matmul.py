@@ -114,6 +114,18 @@ def test_accumulating_adds_to_what_is_there(dtype, K, short_is_long):
     assert_close("out", out, plain, oracle, dtype)
 
 
+@PATHS
+@pytest.mark.parametrize("layout", ["row", "column"])
+@pytest.mark.parametrize("K", [40, 300], ids=["whole", "split"])
+def test_what_a_has_beyond_the_product_has_no_effect(K, layout, bulk, on_path, short_is_long):
+    """The padding of a row that is no multiple of 16 bytes, read with it."""
+    on_path(bulk)
+    padded, b = operand(84, K + 24, BF16, layout), operand(K, 56, BF16, layout)
+    a = padded[:60, :K]
+    out = matmul(padded, b, torch.empty(60, 56, dtype=BF16, device=DEVICE))
+    assert_close("out", out, a @ b, a.double() @ b.double(), BF16)
+
+
 def test_out_with_gaps_between_its_rows_keeps_them():
     memory = torch.zeros(40, 100, device=DEVICE, dtype=BF16)
     a, b = operand(40, 48, BF16, "row"), operand(48, 70, BF16, "row")

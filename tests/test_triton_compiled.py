@@ -35,8 +35,7 @@ NARROW = {
     "causal_attention_bwd_dq_kernel": (10, "words of dropout bits, one a row"),
     "causal_attention_bwd_dkdv_kernel": (15, "words of dropout bits, lse and delta, one a row"),
     "scale_gradients_kernel": (1, "the scale, one number"),
-    "matmul_kernel": (32, "an epilogue's bias or sums; on 8.0 the logits' gradient too, as below"),
-    "split_matmul_kernel": (16, "8.0: 2-byte loads of the gradient of 40478 logits a row"),
+    "matmul_kernel": (32, "an epilogue's bias or sums, one number a column"),
     "embedding_fwd_kernel": (20, "three ids a row, each with its record of errors; the seed"),
     "embedding_bwd_kernel": (12, "an id and an index a row; the seed"),
     "embedding_bwd_runs_kernel": (9, "an id a partial sum"),
@@ -87,6 +86,7 @@ def test_kernels_fit_their_chip(capability, dtype):
         "scale_gradients_kernel",
         "sum_partials_kernel",
         "sum_parts_kernel",
+        "sum_rows_kernel",
     }
     for row in rows:
         assert row["stack"] == row["local"] == 0, row
@@ -127,9 +127,9 @@ def test_twenty_lengths_compile_once_a_class():
         "causal_attention": dict.fromkeys(
             [f"causal_attention_{part}_kernel" for part in ("fwd", "bwd_dq", "bwd_dkdv")], 1
         ),
-        # Products of five layouts or epilogues, since dW₁ and dW₂ share theirs; sums of fp32
-        # partials and of rows of dy.
-        "gelu_ffn": {"matmul_kernel": 5, "sum_partials_kernel": 2},
+        # Products of five layouts or epilogues, since dW₁ and dW₂ share theirs; sums of partials
+        # of F and of C columns.
+        "gelu_ffn": {"matmul_kernel": 5, "sum_partials_kernel": 2, "sum_rows_kernel": 1},
         # Products: logits, dh, dW; the loss with gradients, without, and in backward.
         "linear_cross_entropy": {
             "matmul_kernel": 3,

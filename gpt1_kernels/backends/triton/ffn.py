@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gpt1_kernels.backends.triton.launch import product_tiles
 from gpt1_kernels.backends.triton.matmul import matmul, product, store_product, tile_indices
-from gpt1_kernels.backends.triton.partials import sum_partials
+from gpt1_kernels.backends.triton.partials import sum_partials, sum_rows
 
 TWICE_SQRT_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(0.044715)
@@ -88,8 +88,8 @@ def gelu_ffn_fwd(
     hidden = x.new_empty(x.shape[0], w_fc.shape[1])
     pre = x.new_empty(hidden.shape if save_pre else 0)
     y = x.new_empty(x.shape[0], w_proj.shape[1])
-    product(x, w_fc, gelu_product, (hidden, b_fc, pre if save_pre else None), hidden.stride(0))
-    product(hidden, w_proj, store_product, (y, b_proj), y.stride(0))
+    product(x, w_fc, gelu_product, (hidden, b_fc, pre if save_pre else None))
+    product(hidden, w_proj, store_product, (y, b_proj))
     return y, pre
 
 
@@ -119,7 +119,7 @@ def gelu_ffn_bwd(
     if need_dpre or need_b_fc or need_w_proj:
         # Where only gelu(u) is needed, a product without terms leaves just the epilogue.
         C = dy.shape[1] if need_dpre or need_b_fc else 0
-        product(dy[:, :C], w_proj[:, :C].t(), dgelu_product, (pre, dpre, hidden, partial_db), F)
+        product(dy[:, :C], w_proj[:, :C].t(), dgelu_product, (pre, dpre, hidden, partial_db))
     if need_b_fc:
         sum_partials(partial_db[None], [db_fc])
     if need_w_proj:
@@ -129,5 +129,5 @@ def gelu_ffn_bwd(
     if need_x:
         matmul(dpre, w_fc.t(), dx)
     if need_b_proj:
-        sum_partials(dy[None], [db_proj])
+        sum_rows(dy, db_proj)
     return dx, dw_fc, db_fc, dw_proj, db_proj

@@ -85,7 +85,7 @@ class ProductTiles:
 
 @dataclass(frozen=True)
 class ChunkTiles:
-    """Chunks of CHUNK rows, read in tiles of BLOCK_N whole rows, each in BLOCK_C ≥ C columns."""
+    """Chunks of CHUNK rows, read in tiles of BLOCK_N rows by BLOCK_C columns."""
 
     CHUNK: int
     BLOCK_N: int
@@ -143,7 +143,7 @@ def _head_columns(D: int) -> int:
 
 @cache
 def chunk_tiles(C: int) -> ChunkTiles:
-    """Chunks that leave a partial sum every 64 rows, with 32 elements a thread in flight."""
+    """Chunks of whole rows that leave a partial sum every 64, 32 elements a thread in flight."""
     return ChunkTiles(CHUNK=64, **vars(row_tiles(C, elements_per_thread=32)))
 
 
@@ -160,11 +160,14 @@ BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
 PARTIAL_TILES = PartialTiles(BLOCK_P=256, BLOCK_C=16, num_warps=4)
 """Narrow, so that 768 columns of up to three gradients occupy every processor."""
 
+SUM_TILES = ChunkTiles(CHUNK=256, BLOCK_N=64, BLOCK_C=64, num_warps=4)
+"""32768 rows of 768 columns occupy 1536 programs, whose partial sums add 1.6 % of their bytes."""
+
 RUN_TILES = PartialTiles(BLOCK_P=64, BLOCK_C=64, num_warps=4)
 """Wide, since most programs find no run to add up; narrow enough to share out the longest run."""
 
 
-EXACT_TILES = ProductTiles(64, 64, 16, GROUP_M=8, num_warps=8, num_stages=3)
+EXACT_TILES = ProductTiles(64, 128, 16, GROUP_M=8, num_warps=8, num_stages=3)
 """For fp32, whose products the matrix units do not compute."""
 
 SMALL_TILES = ProductTiles(128, 128, 32, GROUP_M=8, num_warps=8, num_stages=4)

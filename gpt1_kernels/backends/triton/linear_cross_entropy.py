@@ -209,14 +209,14 @@ def _by_chunks(
     for first in range(0, N, len(logits)):
         chunk = slice(first, min(first + len(logits), N))
         rows = chunk.stop - first
-        product(h[chunk], w.t(), store_logits, (logits,), columns)
+        product(h[chunk], w.t(), store_logits, (logits[:rows, :V],))
         launch(
             cross_entropy_kernel, (rows,), vocabulary_tiles(V),
             logits, targets[chunk], None if weight is None else weight[chunk], gain,
             *(None if x is None else x[chunk] for x in (losses, lse)), error,
             columns, V, ignore_index, GRADIENT=any(needs),
         )  # fmt: skip
-        dlogits = logits[:rows, :V]
+        dlogits = logits[:rows]  # 0 beyond V
         if need_h and gain is None:
             matmul(dlogits, w, dh[chunk])
         elif need_h:

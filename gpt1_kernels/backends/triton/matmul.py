@@ -6,7 +6,7 @@ tiles, in groups of rows so that neighbours share their operands in the L2 cache
 
 An operand is stored row-major, (rows, columns), as itself or as its transpose: TRANSPOSED says
 which. It is passed as a tensor descriptor, which the bulk copy engine of compute capability 9.0 and
-later reads, or else as a pointer: BULK says which.
+later reads, or else as (pointer, columns, stride between rows): BULK says which.
 
 A sum over many terms with few tiles to fill the chip (a weight's gradient) is cut elsewhere: every
 program takes an equal share of all steps along K, across the borders of tiles, and leaves its part
@@ -76,7 +76,7 @@ def _tile_origin(
 
 @triton.jit
 def _load(
-    x, stride, rows, columns, first_row, first_column,
+    x, rows, first_row, first_column,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TRANSPOSED: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_R, BLOCK_C) of an operand as it is stored, or its transpose; 0 beyond it."""
@@ -84,14 +84,16 @@ def _load(
         tile = x.load([tl.cast(first_row, tl.int32), tl.cast(first_column, tl.int32)])
         return tile.T if TRANSPOSED else tile
     else:
+        x_ptr, columns, stride = x
         row = tl.expand_dims(first_row + tl.arange(0, BLOCK_R), 0 if TRANSPOSED else 1)
         column = tl.expand_dims(first_column + tl.arange(0, BLOCK_C), 1 if TRANSPOSED else 0)
-        return tl.load(x + row * stride + column, mask=(row < rows) & (column < columns), other=0.0)
+        mask = (row < rows) & (column < columns)
+        return tl.load(x_ptr + row * stride + column, mask=mask, other=0.0)
 
 
 @triton.jit
 def _multiply(
-    a, b, M, N, K, a_columns, b_columns, stride_a, stride_b, first_m, first_n, first_k, last_k,
+    a, b, M, N, K, first_m, first_n, first_k, last_k,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     A_BULK: tl.constexpr, B_BULK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -100,13 +102,13 @@ def _multiply(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in tl.range(first_k, last_k, BLOCK_K):
         if A_TRANSPOSED:
-            x = _load(a, stride_a, K, a_columns, k, first_m, BLOCK_K, BLOCK_M, True, A_BULK)
+            x = _load(a, K, k, first_m, BLOCK_K, BLOCK_M, True, A_BULK)
         else:
-            x = _load(a, stride_a, M, a_columns, first_m, k, BLOCK_M, BLOCK_K, False, A_BULK)
+            x = _load(a, M, first_m, k, BLOCK_M, BLOCK_K, False, A_BULK)
         if B_TRANSPOSED:
-            y = _load(b, stride_b, N, b_columns, first_n, k, BLOCK_N, BLOCK_K, True, B_BULK)
+            y = _load(b, N, first_n, k, BLOCK_N, BLOCK_K, True, B_BULK)
         else:
-            y = _load(b, stride_b, K, b_columns, k, first_n, BLOCK_K, BLOCK_N, False, B_BULK)
+            y = _load(b, K, k, first_n, BLOCK_K, BLOCK_N, False, B_BULK)
         acc = tl.dot(x, y, acc, input_precision="ieee")
     return acc
 
@@ -130,10 +132,6 @@ def matmul_kernel(
     M: tl.int64,
     N,
     K: tl.int64,
-    a_columns,
-    b_columns,
-    stride_a,
-    stride_b,
     stride_om,
     EPILOGUE: tl.constexpr,
     A_TRANSPOSED: tl.constexpr,
@@ -151,7 +149,7 @@ def matmul_kernel(
     for tile in tl.range(program, tiles, programs, flatten=True):
         first_m, first_n = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = _multiply(
-            a, b, M, N, K, a_columns, b_columns, stride_a, stride_b, first_m, first_n, 0, K,
+            a, b, M, N, K, first_m, first_n, 0, K,
             A_TRANSPOSED, B_TRANSPOSED, A_BULK, B_BULK, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         strips = _strips(acc)
@@ -167,10 +165,6 @@ def split_matmul_kernel(
     M: tl.int64,
     N,
     K: tl.int64,
-    a_columns,
-    b_columns,
-    stride_a,
-    stride_b,
     share: tl.int64,  # steps along K of one program
     A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
@@ -190,8 +184,7 @@ def split_matmul_kernel(
         first_k = tl.maximum(first_step - tile * steps, 0) * BLOCK_K
         last_k = tl.minimum((last_step - tile * steps) * BLOCK_K, K)
         acc = _multiply(
-            a, b, M, N, K, a_columns, b_columns, stride_a, stride_b,
-            first_m, first_n, first_k, last_k,
+            a, b, M, N, K, first_m, first_n, first_k, last_k,
             A_TRANSPOSED, B_TRANSPOSED, A_BULK, B_BULK, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         # From one part to the next either the tile or the program is the next one.
@@ -226,7 +219,7 @@ def sum_parts_kernel(
 
 
 def matmul(
-    a: Tensor,  # (M, K)
+    a: Tensor,  # (≥ M, ≥ K)
     b: Tensor,  # (K, N)
     out: Tensor,  # (M, N)
     *,
@@ -235,77 +228,70 @@ def matmul(
     """out = a b, or out += a b; returns out.
 
     Args:
-        a: bf16, fp16 or fp32, either axis contiguous.
+        a: bf16, fp16 or fp32, either axis contiguous. What it has beyond (M, K), a padding that
+            aligns its rows, is finite and without effect.
         b: the dtype of a, either axis contiguous.
         out: row-major, the dtype of a or fp32; fp32 if it accumulates.
     """
     if accumulate:
-        product(a, b, add_product, (out,), out.stride(0))
+        product(a, b, add_product, (out,))
     else:
-        product(a, b, store_product, (out, None), out.stride(0))
+        product(a, b, store_product, (out, None))
     return out
 
 
 def product(
-    a: Tensor,  # (M, K)
+    a: Tensor,  # (≥ M, ≥ K)
     b: Tensor,  # (K, N)
     epilogue,
     tensors: tuple[Tensor | None, ...],
-    stride_om: int,
 ) -> None:
     """Multiplies a and b and gives each tile in fp32 to an epilogue.
 
     Args:
-        a: bf16, fp16 or fp32, either axis contiguous.
+        a: bf16, fp16 or fp32, either axis contiguous, finite beyond (M, K).
         b: the dtype of a, either axis contiguous.
         epilogue: a function under `triton.jit` like `store_product`. It is called for BLOCK_M rows
-            by STRIP columns at a time, in no order; elements beyond (M, N) are 0 in `acc`.
-        tensors: what it reads and writes; the first is not None.
-        stride_om: between rows of those among `tensors` that are (M, N).
+            by STRIP columns at a time, in no order; columns beyond N are 0 in `acc`.
+        tensors: what it reads and writes. The first is (M, N) and row-major; all others of this
+            shape have its strides.
     """
-    (M, K), N = a.shape, b.shape[1]
+    (M, N), K = tensors[0].shape, b.shape[0]
     if M == 0 or N == 0:
         return
     tiles = product_tiles(a.dtype, a.device)
-    a_stored, A_TRANSPOSED = _stored(a)
-    b_stored, B_TRANSPOSED = _stored(b)
-    a_block, b_block = (tiles.BLOCK_M, tiles.BLOCK_K), (tiles.BLOCK_K, tiles.BLOCK_N)
-    a_operand, A_BULK = _operand(a_stored, a_block[::-1] if A_TRANSPOSED else a_block)
-    b_operand, B_BULK = _operand(b_stored, b_block[::-1] if B_TRANSPOSED else b_block)
-    sizes = M, N, K, a_stored.shape[1], b_stored.shape[1], a_stored.stride(0), b_stored.stride(0)
+    a, A_TRANSPOSED, A_BULK = _operand(a, tiles.BLOCK_M, tiles.BLOCK_K)
+    b, B_TRANSPOSED, B_BULK = _operand(b, tiles.BLOCK_K, tiles.BLOCK_N)
     layouts = {
         "A_TRANSPOSED": A_TRANSPOSED, "B_TRANSPOSED": B_TRANSPOSED,
         "A_BULK": A_BULK, "B_BULK": B_BULK,
     }  # fmt: skip
+    device, stride_om = tensors[0].device, tensors[0].stride(0)
     tile_count = triton.cdiv(M, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N)
-    programs = split_programs(tile_count, K, tiles, a.device)
+    programs = split_programs(tile_count, K, tiles, device)
     if programs == 0:
-        programs = resident_programs(tile_count, 1, a.device)
+        programs = resident_programs(tile_count, 1, device)
         launch(
             matmul_kernel, (programs,), tiles,
-            tensors, a_operand, b_operand, *sizes, stride_om, EPILOGUE=epilogue, **layouts,
+            tensors, a, b, M, N, K, stride_om, EPILOGUE=epilogue, **layouts,
         )  # fmt: skip
         return
     share = triton.cdiv(tile_count * triton.cdiv(K, tiles.BLOCK_K), programs)
-    parts = a.new_empty(programs + tile_count, tiles.BLOCK_M, tiles.BLOCK_N, dtype=torch.float32)
-    launch(
-        split_matmul_kernel, (programs,), tiles,
-        parts, a_operand, b_operand, *sizes, share, **layouts,
-    )  # fmt: skip
+    shape = programs + tile_count, tiles.BLOCK_M, tiles.BLOCK_N
+    parts = tensors[0].new_empty(shape, dtype=torch.float32)
+    launch(split_matmul_kernel, (programs,), tiles, parts, a, b, M, N, K, share, **layouts)
     launch(
         sum_parts_kernel, (tile_count, tiles.BLOCK_N // STRIP.value), tiles,
         parts, tensors, M, N, K, stride_om, share, EPILOGUE=epilogue,
     )  # fmt: skip
 
 
-def _stored(x: Tensor) -> tuple[Tensor, bool]:
-    """The operand row-major, and whether that is its transpose."""
+def _operand(
+    x: Tensor, BLOCK_R: int, BLOCK_C: int
+) -> tuple[TensorDescriptor | tuple[Tensor, int, int], bool, bool]:
+    """An operand, read in blocks, as a kernel is given it: itself, TRANSPOSED and BULK."""
     transposed = x.stride(1) != 1 and (x.stride(0) == 1 or x.shape[0] == 1)
-    return (x.t() if transposed else x), transposed
-
-
-def _operand(stored: Tensor, block: tuple[int, int]) -> tuple[Tensor | TensorDescriptor, bool]:
-    """What a kernel is given to read the operand by, and whether that is a descriptor."""
+    stored, block = (x.t(), [BLOCK_C, BLOCK_R]) if transposed else (x, [BLOCK_R, BLOCK_C])
     if reads_in_bulk(stored):
-        return TensorDescriptor.from_tensor(stored, list(block)), True
-    return stored, False
+        return TensorDescriptor.from_tensor(stored, block), transposed, True
+    return (stored, stored.shape[1], stored.stride(0)), transposed, False
