@@ -15,6 +15,7 @@ PyTorch, such as zeros or sorting, counts as reading each input and writing each
 GPT-1's training shape is too large to interpret. Once there are enough rows to occupy the grid of
 the chip, 132 processors, its size is constant, and more sequences only lengthen the programs'
 loops: bytes are a + b · B exactly. They are counted at two small B and continued to B = 64.
+Attention's programs each work on one head, so that a head or two are parts of a small B.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from gpt1_kernels.errors import error_record
 
 PROCESSORS = 132
 PROGRAMS = 8 * PROCESSORS  # of a LayerNorm's grid
-BATCH, T, C, H, V = 64, 512, 768, 12, 40478
+BATCH, T, C, H, D, V = 64, 512, 768, 12, 64, 40478
 DTYPE, S = torch.bfloat16, 2
 
 
@@ -140,7 +141,8 @@ class Call:
     """A kernel-level call of an op.
 
     `prepare(B)` makes the inputs and returns what runs it; `floor(B)` is its floor. It is counted
-    at two batch sizes from which on the grid grows no more; an op of rows takes part of a sequence.
+    at two batch sizes from which on the grid grows no more, or only with the batch; an op of rows
+    takes part of a sequence, attention some of its heads.
     """
 
     prepare: Callable[[float], Callable[[], object]]
@@ -197,6 +199,22 @@ def _embedding(direction: str) -> Callable[[int], Callable]:
     return prepare
 
 
+def _attention(direction: str) -> Callable[[float], Callable]:
+    def prepare(B: float):
+        heads = round(B * H)
+        qkv = torch.randn(1, T, 3 * heads * D, dtype=DTYPE)
+        bits = torch.zeros(1, heads, T, T // 32, dtype=torch.int32)
+        options = bits, None, D**-0.5, 0.1
+        run = kernel("triton", "causal_attention", f"causal_attention_qkvpacked_{direction}")
+        if direction == "fwd":
+            return lambda: run(qkv, heads, *options)
+        dout, out = torch.randn(2, 1, T, heads * D, dtype=DTYPE)
+        lse = torch.zeros(1, heads, T)
+        return lambda: run(dout, qkv, heads, out, lse, *options)
+
+    return prepare
+
+
 CALLS = {
     "layer_norm_fwd": Call(
         _layer_norm("layer_norm", "fwd", dropout=False),
@@ -230,6 +248,16 @@ CALLS = {
         _embedding("bwd"),
         lambda B: roofline.embedding_bwd(B * T, V, T, C, S),
         counted_at=(1, 2),
+    ),
+    "causal_attention_qkvpacked_fwd": Call(
+        _attention("fwd"),
+        lambda B: roofline.causal_attention_fwd(B, T, H, D, S),
+        counted_at=(1 / H, 2 / H),
+    ),
+    "causal_attention_qkvpacked_bwd": Call(
+        _attention("bwd"),
+        lambda B: roofline.causal_attention_bwd(B, T, H, D, S),
+        counted_at=(1 / H, 2 / H),
     ),
 }
 

@@ -28,6 +28,7 @@ SHORT = [
     causal_attention("one-query-of-a-cache", 2, 1, 200, 1, 16, P),
     causal_attention("queries-astride-tiles-of-keys", 1, 100, 190, 1, 16, P),
     causal_attention("padding-ends-inside-tiles", 2, 150, 150, 1, 16, P, padding=[70, 149]),
+    causal_attention("padding-ends-a-word-of-bits-early", 2, 100, 100, 1, 16, P, padding=[31, 63]),
     causal_attention("padding-fills-tiles", 2, 300, 300, 1, 16, padding=[256, 300]),
     causal_attention("padding-in-a-cache", 2, 5, 140, 1, 16, P, padding=[65, 138]),
     causal_attention("negative-scale", 1, 40, 40, 1, 16, P, scale=-0.3),

@@ -37,6 +37,10 @@ EXPECTED = {
     # One order of reading dout serves the positions, another the ids; and each table row that was
     # read is written twice, as zeros first.
     "embedding_bwd": Pin(216_609_792, 218_000_832, 1.93, 1.91),
+    # Each tile of queries reads the keys and values that it sees, each tile of keys its queries.
+    "causal_attention_qkvpacked_fwd": Pin(221_773_824, 328_728_576, 1.75),
+    # Two launches, for dQ and for dK and dV, each read q, k, v, do and the bits.
+    "causal_attention_qkvpacked_bwd": Pin(648_019_968, 1_020_788_736, 2.4, 1.53),
 }
 
 
@@ -57,6 +61,13 @@ def test_traffic_of_gpt1(name):
 
 def test_bytes_are_linear_in_the_batch():
     one, two, three = (traffic.count("dropout_mask", B) for B in (1, 2, 3))
+    assert three == tuple(2 * b - a for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_bytes_of_attention_are_linear_in_its_heads(direction):
+    name = f"causal_attention_qkvpacked_{direction}"
+    one, two, three = (traffic.count(name, heads / traffic.H) for heads in (1, 2, 3))
     assert three == tuple(2 * b - a for a, b in zip(one, two, strict=True))
 
 

@@ -4,7 +4,8 @@ Softmax is computed on the way (Milakov & Gimelshein 2018; Dao 2023, "FlashAtten
 inside. A program walks over the tiles that all its queries see without a mask, then over those on
 the diagonal; tiles above it are never visited. Backward rebuilds the probabilities from lse and has
 a kernel over queries, for delta and dQ, and one over keys, for dK and dV: every sum has one owner
-and a fixed order.
+and a fixed order. In both kernels delta and dP are those without dropout's scale, which multiplies
+the sums once.
 
 A tensor may have any strides but for its contiguous last axis, so that the packed ops are the same
 kernels on views. Padded positions load as zeros, whatever they hold.
@@ -27,6 +28,7 @@ from gpt1_kernels.rng import keep_scale
 
 MAX_SIZES = {"head_size": 128}
 MAX_STRIDE = 2**22  # of positions: offsets inside a tile, of 256 rows at most, are 32-bit
+FEW_KEYS = tl.constexpr(32)  # of one word of dropout bits
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -248,10 +250,9 @@ def _p_and_dp(
     Tq,
     Tk,
     qk_scale,
-    keep_scale,
     MASKED: tl.constexpr,
 ):
-    """The probabilities and their gradients, both (BLOCK_M, BLOCK_N)."""
+    """The probabilities and their gradients over keep_scale, both (BLOCK_M, BLOCK_N)."""
     BLOCK_M: tl.constexpr = q.shape[0]
     BLOCK_N: tl.constexpr = k.shape[0]
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
@@ -263,7 +264,7 @@ def _p_and_dp(
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     if keep_bits_ptr is not None:
         keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, False)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
+        dp = tl.where(keep, dp, 0.0)
     return p, dp
 
 
@@ -275,35 +276,26 @@ def _delta_of_few_keys(
     v_ptr,  # (Tk, D)
     lse,  # (BLOCK_M,), in base 2
     keep_bits_ptr,  # (Tq, words) or None
-    start,
-    end,
     start_m,
+    start_n,
     first_key,
     Tq,
     Tk,
     stride_kt,
     stride_vt,
     qk_scale,
-    keep_scale,
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
-    """delta as the mean of dP under P, which is exact for a row that sees one key."""
-    BLOCK_M: tl.constexpr = q.shape[0]
+    """delta of rows that see at most FEW_KEYS keys, from start_n on, as the mean of dP under P."""
     BLOCK_D: tl.constexpr = q.shape[1]
-    p_dp = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for start_n in tl.range(start, end, BLOCK_N, num_stages=1):
-        key_mask = _key_mask(start_n + tl.arange(0, BLOCK_N), first_key, Tk)
-        k = _load_tile(k_ptr, start_n, stride_kt, key_mask, BLOCK_N, D, BLOCK_D)
-        v = _load_tile(v_ptr, start_n, stride_vt, key_mask, BLOCK_N, D, BLOCK_D)
-        p, dp = _p_and_dp(
-            q, do, k, v, lse, keep_bits_ptr, start_m, start_n, first_key, Tq, Tk,
-            qk_scale, keep_scale, True,
-        )  # fmt: skip
-        p_dp += tl.sum(p * dp, axis=1)
-        total += tl.sum(p, axis=1)
-    return p_dp / tl.where(total == 0.0, 1.0, total)
+    key_mask = _key_mask(start_n + tl.arange(0, FEW_KEYS), first_key, Tk)
+    k = _load_tile(k_ptr, start_n, stride_kt, key_mask, FEW_KEYS, D, BLOCK_D)
+    v = _load_tile(v_ptr, start_n, stride_vt, key_mask, FEW_KEYS, D, BLOCK_D)
+    p, dp = _p_and_dp(
+        q, do, k, v, lse, keep_bits_ptr, start_m, start_n, first_key, Tq, Tk, qk_scale, True
+    )
+    total = tl.sum(p, axis=1)
+    return tl.sum(p * dp, axis=1) / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
@@ -325,7 +317,6 @@ def _dq_of_keys(
     stride_kt,
     stride_vt,
     qk_scale,
-    keep_scale,
     MASKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -337,9 +328,8 @@ def _dq_of_keys(
         k = _load_tile(k_ptr, start_n, stride_kt, key_mask, BLOCK_N, D, BLOCK_D)
         v = _load_tile(v_ptr, start_n, stride_vt, key_mask, BLOCK_N, D, BLOCK_D)
         p, dp = _p_and_dp(
-            q, do, k, v, lse, keep_bits_ptr, start_m, start_n, first_key, Tq, Tk,
-            qk_scale, keep_scale, MASKED,
-        )  # fmt: skip
+            q, do, k, v, lse, keep_bits_ptr, start_m, start_n, first_key, Tq, Tk, qk_scale, MASKED
+        )
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
@@ -399,31 +389,33 @@ def causal_attention_bwd_dq_kernel(
 
     diagonal = tl.maximum((start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N, start)
     end = tl.minimum(start_m + BLOCK_M + Tk - Tq, Tk)
-    if end - first_visible <= BLOCK_M:
+    o_ptr = _head(o_ptr, o_strides, batch, head)
+    o = _load_tile(o_ptr, start_m, o_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
+    # Where keep_scale is not at least 1, it is 0, and so is O.
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1) / tl.maximum(keep_scale, 1.0)
+    few = first_visible // FEW_KEYS * FEW_KEYS
+    if start_m + Tk - Tq < few + FEW_KEYS:
         # The rounding of O would be most of dS in a row that sees next to nothing.
-        delta = _delta_of_few_keys(
-            q, do, k_ptr, v_ptr, lse, keep_bits_ptr, start, end, start_m, first_key, Tq, Tk,
-            k_strides[1], v_strides[1], scale * LOG2_E, keep_scale, D, BLOCK_N,
+        exact = _delta_of_few_keys(
+            q, do, k_ptr, v_ptr, lse, keep_bits_ptr, start_m, few, first_key, Tq, Tk,
+            k_strides[1], v_strides[1], scale * LOG2_E, D,
         )  # fmt: skip
-    else:
-        o_ptr = _head(o_ptr, o_strides, batch, head)
-        o = _load_tile(o_ptr, start_m, o_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+        delta = tl.where(row + Tk - Tq < few + FEW_KEYS, exact, delta)
     tl.store(delta_ptr + first_row + row, delta, mask=row < Tq)
 
     if dq_ptr is not None:
         dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         dq = _dq_of_keys(
             dq, q, do, k_ptr, v_ptr, lse, delta, keep_bits_ptr, start, diagonal, start_m, first_key,
-            Tq, Tk, k_strides[1], v_strides[1], scale * LOG2_E, keep_scale,
-            first_key_ptr is not None, D, BLOCK_N,
+            Tq, Tk, k_strides[1], v_strides[1], scale * LOG2_E, first_key_ptr is not None, D,
+            BLOCK_N,
         )  # fmt: skip
         dq = _dq_of_keys(
             dq, q, do, k_ptr, v_ptr, lse, delta, keep_bits_ptr, diagonal, end, start_m, first_key,
-            Tq, Tk, k_strides[1], v_strides[1], scale * LOG2_E, keep_scale, True, D, BLOCK_N,
+            Tq, Tk, k_strides[1], v_strides[1], scale * LOG2_E, True, D, BLOCK_N,
         )  # fmt: skip
         dq_ptr = _head(dq_ptr, dq_strides, batch, head)
-        _store_tile(dq_ptr, start_m, dq_strides[1], row < Tq, dq * scale, D)
+        _store_tile(dq_ptr, start_m, dq_strides[1], row < Tq, dq * (scale * keep_scale), D)
 
 
 @triton.jit
@@ -446,7 +438,6 @@ def _dkdv_of_queries(
     stride_dot,
     stride_qt,
     qk_scale,
-    keep_scale,
     MASKED: tl.constexpr,
     NEED_DV: tl.constexpr,
     D: tl.constexpr,
@@ -461,25 +452,26 @@ def _dkdv_of_queries(
         row_mask = row < Tq
         if first_key is not None:
             row_mask &= position >= first_key
-        # Everything is transposed, so that P and dS are left operands, straight from registers.
+        # Everything is transposed, so that P and dS are left operands, straight from registers. A
+        # row that does not exist or is padding has zeros for q, do, lse and delta, and adds zeros.
         q = _load_tile(q_ptr, start_m, stride_qt, row_mask, BLOCK_M, D, BLOCK_D)
-        lse = tl.load(lse_ptr + row, mask=row_mask, other=float("inf")) * LOG2_E
+        do = _load_tile(do_ptr, start_m, stride_dot, row_mask, BLOCK_M, D, BLOCK_D)
+        if delta_ptr is not None:
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        lse = tl.load(lse_ptr + row, mask=row_mask, other=0.0) * LOG2_E
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale - lse[None, :])
         if MASKED:
             p = tl.where(_visible(position[None, :], key[:, None], first_key), p, 0.0)
+        z = p
         if keep_bits_ptr is not None:
             keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, True)
-        do = _load_tile(do_ptr, start_m, stride_dot, row_mask, BLOCK_M, D, BLOCK_D)
-        if NEED_DV:
-            z = tl.where(keep, p, 0.0) if keep_bits_ptr is not None else p
-            dv = tl.dot(z.to(do.dtype), do, dv, input_precision="ieee")
+            z = tl.where(keep, p, 0.0)
         if delta_ptr is not None:
             delta = tl.load(delta_ptr + row, mask=row_mask, other=0.0)
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            if keep_bits_ptr is not None:
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - delta[None, :])
+            ds = z * dp - p * delta[None, :]  # over keep_scale
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        if NEED_DV:
+            dv = tl.dot(z.to(do.dtype), do, dv, input_precision="ieee")
     return dk, dv
 
 
@@ -544,17 +536,17 @@ def causal_attention_bwd_dkdv_kernel(
     below = tl.minimum(tl.maximum(below, start), end)
     dk, dv = _dkdv_of_queries(
         dk, dv, k, v, do_ptr, q_ptr, lse_ptr, delta_ptr, keep_bits_ptr, start, below, start_n,
-        first_key, Tq, Tk, do_strides[1], q_strides[1], scale * LOG2_E, keep_scale,
-        True, dv_ptr is not None, D, BLOCK_M,
+        first_key, Tq, Tk, do_strides[1], q_strides[1], scale * LOG2_E, True, dv_ptr is not None,
+        D, BLOCK_M,
     )  # fmt: skip
     dk, dv = _dkdv_of_queries(
         dk, dv, k, v, do_ptr, q_ptr, lse_ptr, delta_ptr, keep_bits_ptr, below, end, start_n,
-        first_key, Tq, Tk, do_strides[1], q_strides[1], scale * LOG2_E, keep_scale,
+        first_key, Tq, Tk, do_strides[1], q_strides[1], scale * LOG2_E,
         first_key_ptr is not None, dv_ptr is not None, D, BLOCK_M,
     )  # fmt: skip
     if dk_ptr is not None:
         dk_ptr = _head(dk_ptr, dk_strides, batch, head)
-        _store_tile(dk_ptr, start_n, dk_strides[1], key < Tk, dk * scale, D)
+        _store_tile(dk_ptr, start_n, dk_strides[1], key < Tk, dk * (scale * keep_scale), D)
     if dv_ptr is not None:
         dv_ptr = _head(dv_ptr, dv_strides, batch, head)
         _store_tile(dv_ptr, start_n, dv_strides[1], key < Tk, dv * keep_scale, D)
