@@ -14,7 +14,6 @@ PYBIND11_MODULE(GPT1_KERNELS_MODULE, module) {
     module.def("dropout_mask", &dropout_mask);
     module.def("embedding_fwd", &embedding_fwd);
     module.def("embedding_bwd", &embedding_bwd);
-    module.def("embedding_bwd_partials", &embedding_bwd_partials);
     module.def("embedding_bwd_positions", &embedding_bwd_positions);
     module.def("layer_norm_fwd", &layer_norm_fwd);
     module.def("layer_norm_bwd", &layer_norm_bwd);

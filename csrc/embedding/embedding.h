@@ -19,19 +19,16 @@ void embedding_fwd(int dtype,
                    std::int64_t B, std::int64_t T, std::int64_t C, std::int64_t V, std::int64_t P,
                    std::uint32_t threshold, float keep_scale, std::int64_t row_offset, Stream stream);
 
-/// Adds each row of dout to the row of dw that its id names; `partials` has
-/// `embedding_bwd_partials` elements.
+/// Adds each row of dout to the row of dw that its id names.
 void embedding_bwd(int dtype,
                    Array dout,        // (N, C)
                    Array sorted_ids,  // (M,), int64; M is N, or 2N where a token type reads a second row
                    Array order,       // (M,), int64, where the sorted ids came from
                    TypedArray dw,     // (V, C), zeros
-                   Array partials,    // fp32
+                   Array partials,    // (ceil(M / 64), 2, C rounded up to a multiple of 8), fp32
                    Array seed,        // (2,), absent without dropout
                    std::int64_t M, std::int64_t N, std::int64_t C, std::int64_t V, std::uint32_t threshold,
                    float keep_scale, std::int64_t row_offset, Stream stream);
-
-std::int64_t embedding_bwd_partials(std::int64_t M, std::int64_t C);
 
 /// Adds dout over the batch, where the positions are those of the order.
 void embedding_bwd_positions(int dtype,

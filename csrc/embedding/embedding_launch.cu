@@ -94,10 +94,6 @@ void embedding_bwd(int dtype, Array dout, Array sorted_ids, Array order, TypedAr
     add_runs(sorted_ids, dw, partials, M, C, V, stream);
 }
 
-std::int64_t embedding_bwd_partials(std::int64_t M, std::int64_t C) {
-    return divide_up(M, kChunk) * 2 * partial_stride(C);
-}
-
 void embedding_bwd_positions(int dtype, Array dout, TypedArray dw, Array seed, std::int64_t B, std::int64_t T,
                              std::int64_t C, std::uint32_t threshold, float keep_scale, std::int64_t row_offset,
                              Stream stream) {
