@@ -2,9 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "platform/host.cuh"
 #include "platform/host_memory.h"
 #include "platform/host_planted.h"
+#include "platform/platform.cuh"
 #include "platform/runtime.h"
 
 namespace py = pybind11;
@@ -22,6 +22,25 @@ void set_order(const std::string& name, std::uint64_t seed) {
         throw std::invalid_argument("order: '" + name + "', expected forward, reversed or shuffled");
     }
     host::set_order(found->second, seed);
+}
+
+std::vector<float> widened(int dtype, const std::vector<std::uint16_t>& bits) {
+    std::vector<float> values;
+    dispatch_narrow(dtype, [&](auto element) {
+        for (const std::uint16_t pattern : bits) {
+            element.bits = pattern;
+            values.push_back(to_float(element));
+        }
+    });
+    return values;
+}
+
+std::vector<std::uint16_t> narrowed(int dtype, const std::vector<float>& values) {
+    std::vector<std::uint16_t> bits;
+    dispatch_narrow(dtype, [&](auto element) {
+        for (const float value : values) bits.push_back(from_float<decltype(element)>(value).bits);
+    });
+    return bits;
 }
 
 py::dict traffic() {
@@ -49,7 +68,9 @@ void bind_platform(py::module_& module) {
     module.def("traffic", &traffic, "What was counted, by kernel.");
     module.def("planted_names", &host::planted_names, "Small kernels that test this platform.");
     module.def("run_planted", &host::run_planted, py::arg("name"), py::arg("planted"),
-               "Runs one of them, with its bug or without.");
+               "Runs one of them, with its bug or without; gives what it wrote.");
+    module.def("widened", &widened, py::arg("dtype"), py::arg("bits"), "Floats of 16-bit patterns.");
+    module.def("narrowed", &narrowed, py::arg("dtype"), py::arg("values"), "16-bit patterns of floats.");
 }
 
 }  // namespace gpt1
