@@ -1,4 +1,4 @@
-"""The CUDA kernels of whole rows, on the checked CPU build: each path, in every order of threads."""
+"""The CUDA kernels of rows on the checked CPU build: each path, in every order of threads."""
 
 import pytest
 import torch

@@ -72,12 +72,16 @@ class FloatArray {
 public:
     FloatArray() = default;
     explicit FloatArray(TypedArray array) {
-        dispatch(array.second, [&](auto element) { view<decltype(element)>() = View<decltype(element)>(array.first); });
+        dispatch(array.second, [&](auto element) {
+            using T = decltype(element);
+            view<T>() = View<T>(array.first);
+        });
     }
 
     __device__ __forceinline__ explicit operator bool() const { return fp32_ || bf16_ || fp16_; }
 
-    __device__ __forceinline__ float load(std::int64_t i, bool mask = true, Site site = Site::current()) const {
+    __device__ __forceinline__ float load(
+        std::int64_t i, bool mask = true, Site site = Site::current()) const {
         if (fp32_) return fp32_.load(i, mask, site);
         if (bf16_) return to_float(bf16_.load(i, mask, site));
         return to_float(fp16_.load(i, mask, site));
@@ -93,7 +97,8 @@ public:
     /// As gpt1::store_columns.
     template <int N>
     __device__ __forceinline__ void store_columns(
-        std::int64_t i, const Vector<float, N>& x, int count, bool aligned, Site site = Site::current()) const {
+        std::int64_t i, const Vector<float, N>& x, int count, bool aligned,
+        Site site = Site::current()) const {
         if (fp32_) gpt1::store_columns(fp32_, i, x, count, aligned, site);
         else if (bf16_) gpt1::store_columns(bf16_, i, narrow<bf16>(x), count, aligned, site);
         else gpt1::store_columns(fp16_, i, narrow<fp16>(x), count, aligned, site);

@@ -90,8 +90,8 @@ struct EmbeddingFwd {
     /// which is recorded.
     __device__ __forceinline__ static void add_rows(
         const Params& p, const Global<const Table>& table, const Global<const std::int64_t>& ids,
-        std::int64_t bound, const Global<std::int64_t>& error, std::int64_t row, std::int64_t column, int count,
-        Columns* out) {
+        std::int64_t bound, const Global<std::int64_t>& error, std::int64_t row, std::int64_t column,
+        int count, Columns* out) {
         std::int64_t id[kAtOnce];
         Vector<Table, kOctet> x[kAtOnce];
 #pragma unroll
@@ -127,17 +127,19 @@ struct EmbeddingGradient {
     std::int64_t C;
     bool aligned;  // dout, and the table's gradient
 
-    __device__ __forceinline__ Vector<T, kOctet> load(std::int64_t row, std::int64_t column, int count) const {
+    __device__ __forceinline__ Vector<T, kOctet> load(
+        std::int64_t row, std::int64_t column, int count) const {
         return load_columns<kOctet>(dout, row * C + column, count, aligned);
     }
 
     /// Adds a row's gradient before the dropout.
     __device__ __forceinline__ void add_to(
-        Vector<float, kOctet>& sums, const Vector<T, kOctet>& x, const DropoutStream& stream, std::int64_t row,
-        std::int64_t column) const {
+        Vector<float, kOctet>& sums, const Vector<T, kOctet>& x, const DropoutStream& stream,
+        std::int64_t row, std::int64_t column) const {
         Vector<float, kOctet> gradient = widen(x);
         if (dropout.seed) {
-            const std::uint32_t keep = stream.keep<kOctet>(column, dropout.row_offset + row, dropout.threshold);
+            const std::uint32_t keep =
+                stream.keep<kOctet>(column, dropout.row_offset + row, dropout.threshold);
             apply_dropout(gradient, keep, dropout.scale);
         }
         add(sums, gradient);
@@ -155,7 +157,7 @@ struct EmbeddingBwd {
         Global<const std::int64_t> sorted_ids;  // (M,)
         Global<const std::int64_t> order;       // (M,)
         FloatArray<false> dw;                   // (V, C)
-        Global<float> partials;  // (chunks, 2, stride): of the run that enters a chunk, of the one that leaves it
+        Global<float> partials;  // (chunks, 2, stride): of the run that enters a chunk, the one that leaves
         std::int64_t M, N, V, stride;
         std::int64_t column_warps;  // that own a chunk
         std::string shape() const { return shape_text("M", M, "V", V, "C", gradient.C); }

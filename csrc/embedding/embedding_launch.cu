@@ -66,19 +66,21 @@ void embedding_fwd(int dtype, TypedArray out, Array ids, Array w_token, Array w_
         // As many sequences at a time as make a wave of blocks.
         const std::int64_t resident = std::int64_t{processors(stream.first)} * Kernel::kBlocksPerProcessor;
         p.sequences = std::clamp<std::int64_t>(resident / p.position_blocks, 1, B);
-        p.aligned = aligned_octets(C, out.first) && aligned_octets(C, w_token) && aligned_octets(C, w_position);
+        p.aligned = aligned_octets(C, out.first) && aligned_octets(C, w_token) &&
+                    aligned_octets(C, w_position);
         launch<Kernel>(p.position_blocks * p.sequences, 0, stream, p);
     });
 }
 
-void embedding_bwd(int dtype, Array dout, Array sorted_ids, Array order, TypedArray dw, Array partials, Array seed,
-                   std::int64_t M, std::int64_t N, std::int64_t C, std::int64_t V, std::uint32_t threshold,
-                   float keep_scale, std::int64_t row_offset, Stream stream) {
+void embedding_bwd(int dtype, Array dout, Array sorted_ids, Array order, TypedArray dw, Array partials,
+                   Array seed, std::int64_t M, std::int64_t N, std::int64_t C, std::int64_t V,
+                   std::uint32_t threshold, float keep_scale, std::int64_t row_offset, Stream stream) {
+    const Dropout dropout{Global<const std::int64_t>(seed), threshold, keep_scale, row_offset};
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         using Kernel = EmbeddingBwd<T>;
         typename Kernel::Params p{};
-        p.gradient = gradient<T>(dout, dw, C, {Global<const std::int64_t>(seed), threshold, keep_scale, row_offset});
+        p.gradient = gradient<T>(dout, dw, C, dropout);
         p.sorted_ids = Global<const std::int64_t>(sorted_ids);
         p.order = Global<const std::int64_t>(order);
         p.dw = FloatArray<false>(dw);
@@ -94,15 +96,15 @@ void embedding_bwd(int dtype, Array dout, Array sorted_ids, Array order, TypedAr
     add_runs(sorted_ids, dw, partials, M, C, V, stream);
 }
 
-void embedding_bwd_positions(int dtype, Array dout, TypedArray dw, Array seed, std::int64_t B, std::int64_t T,
-                             std::int64_t C, std::uint32_t threshold, float keep_scale, std::int64_t row_offset,
-                             Stream stream) {
+void embedding_bwd_positions(int dtype, Array dout, TypedArray dw, Array seed, std::int64_t B,
+                             std::int64_t T, std::int64_t C, std::uint32_t threshold, float keep_scale,
+                             std::int64_t row_offset, Stream stream) {
+    const Dropout dropout{Global<const std::int64_t>(seed), threshold, keep_scale, row_offset};
     dispatch(dtype, [&](auto element) {
         using Element = decltype(element);
         using Kernel = EmbeddingBwdPositions<Element>;
         typename Kernel::Params p{};
-        p.gradient =
-            gradient<Element>(dout, dw, C, {Global<const std::int64_t>(seed), threshold, keep_scale, row_offset});
+        p.gradient = gradient<Element>(dout, dw, C, dropout);
         p.dw = FloatArray<false>(dw);
         p.sequences = B;
         p.positions = T;

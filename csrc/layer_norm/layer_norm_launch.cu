@@ -26,16 +26,12 @@ std::int64_t blocks(std::int64_t N, int device) {
     return std::min((N + Layout::kRows - 1) / Layout::kRows, resident);
 }
 
-Dropout dropout_of(Array seed, std::uint32_t threshold, float keep_scale, std::int64_t row_offset) {
-    return {Global<const std::int64_t>(seed), threshold, keep_scale, row_offset};
-}
-
 }  // namespace
 
-void layer_norm_fwd(int dtype, Array x, Array residual, TypedArray w, TypedArray b, TypedArray x_bias, Array seed,
-                    Array y, Array total, Array mean, Array rstd, std::int64_t N, std::int64_t C,
-                    std::int64_t stride_xn, std::int64_t stride_rn, float eps, std::uint32_t threshold,
-                    float keep_scale, std::int64_t row_offset, Stream stream) {
+void layer_norm_fwd(int dtype, Array x, Array residual, TypedArray w, TypedArray b, TypedArray x_bias,
+                    Array seed, Array y, Array total, Array mean, Array rstd, std::int64_t N,
+                    std::int64_t C, std::int64_t stride_xn, std::int64_t stride_rn, float eps,
+                    std::uint32_t threshold, float keep_scale, std::int64_t row_offset, Stream stream) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);
         with_layout<T>(C, [&](auto layout) {
@@ -51,7 +47,7 @@ void layer_norm_fwd(int dtype, Array x, Array residual, TypedArray w, TypedArray
             p.total = Global<T>(total);
             p.mean = Global<float>(mean);
             p.rstd = Global<float>(rstd);
-            p.dropout = dropout_of(seed, threshold, keep_scale, row_offset);
+            p.dropout = {Global<const std::int64_t>(seed), threshold, keep_scale, row_offset};
             p.N = N;
             p.stride_xn = stride_xn;
             p.stride_rn = stride_rn;
@@ -64,10 +60,10 @@ void layer_norm_fwd(int dtype, Array x, Array residual, TypedArray w, TypedArray
     });
 }
 
-void layer_norm_bwd(int dtype, Array dy, Array total, TypedArray w, Array mean, Array rstd, Array seed, Array dtotal,
-                    Array dx, Array partials, TypedArray dw, TypedArray db, TypedArray dx_bias, std::int64_t N,
-                    std::int64_t C, std::int64_t stride_tn, std::uint32_t threshold, float keep_scale,
-                    std::int64_t row_offset, Stream stream) {
+void layer_norm_bwd(int dtype, Array dy, Array total, TypedArray w, Array mean, Array rstd, Array seed,
+                    Array dtotal, Array dx, Array partials, TypedArray dw, TypedArray db,
+                    TypedArray dx_bias, std::int64_t N, std::int64_t C, std::int64_t stride_tn,
+                    std::uint32_t threshold, float keep_scale, std::int64_t row_offset, Stream stream) {
     std::vector<TypedArray> sums;
     const auto wanted = [&](TypedArray sum) {
         if (sum.first.first == 0) return -1;
@@ -92,7 +88,7 @@ void layer_norm_bwd(int dtype, Array dy, Array total, TypedArray w, Array mean, 
             p.dw = dw_number;
             p.db = db_number;
             p.dx_bias = dx_bias_number;
-            p.dropout = dropout_of(seed, threshold, keep_scale, row_offset);
+            p.dropout = {Global<const std::int64_t>(seed), threshold, keep_scale, row_offset};
             p.N = N;
             p.stride_tn = stride_tn;
             p.C = static_cast<int>(C);
