@@ -1,4 +1,4 @@
-"""The CUDA kernels see memory and the chip through csrc/platform/ alone, so a CPU can check them."""
+"""CUDA kernels see memory and the chip through csrc/platform/ alone, so a CPU can check them."""
 
 import re
 from pathlib import Path

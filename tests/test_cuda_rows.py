@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gpt1_kernels import ops, use_backend
+from gpt1_kernels import errors, ops, use_backend
+from gpt1_kernels.backends.cuda import embedding as embedding_launchers
 from gpt1_kernels.rng import keep_mask, pack_bits
 from tests.cases import (
     DTYPES,
@@ -93,3 +94,15 @@ def test_dropout_bits_in_every_order_of_threads(rows, columns, order):
     with use_backend("cuda_host"):
         bits = ops.dropout_mask(SEED, (rows, columns), P, row_offset=11)
     assert torch.equal(bits, pack_bits(keep_mask(SEED, rows, columns, P, 11)))
+
+
+def test_the_first_id_out_of_range_is_kept(monkeypatch):
+    monkeypatch.setattr(embedding_launchers, "check_ids", lambda *_: None)
+    table, ids = torch.randn(20, 48), torch.zeros(2, 9, dtype=torch.int64)
+    for value in (77, 88):
+        ids[1, 3] = value
+        embedding_launchers.embedding_fwd(
+            ids, table, table, None, None, None, 0.0, 0, torch.float32
+        )
+    with pytest.raises(IndexError, match=r"embedding: id 77 is out of range \[0, 20\)"):
+        errors.check_errors()
