@@ -17,6 +17,25 @@ __device__ __forceinline__ void add(Vector<float, N>& sum, const Vector<float, N
     for (int j = 0; j < N; ++j) sum[j] += x[j];
 }
 
+// Vectors of 2-byte elements are put together and taken apart by words: the compiler would give each
+// element a register of its own, and split a vector as soon as it is loaded.
+
+template <class T>
+__device__ __forceinline__ std::uint32_t bits_of(T x) {
+    std::conditional_t<sizeof(T) == 2, std::uint16_t, std::uint32_t> bits;
+    memcpy(&bits, &x, sizeof(T));
+    return bits;
+}
+
+/// Of a word's lower bits.
+template <class T>
+__device__ __forceinline__ T element_of(std::uint32_t word) {
+    const auto bits = static_cast<std::conditional_t<sizeof(T) == 2, std::uint16_t, std::uint32_t>>(word);
+    T x;
+    memcpy(&x, &bits, sizeof(T));
+    return x;
+}
+
 /// N columns from element i on, of which the row has `count`; zeros beyond. In accesses of 16 bytes
 /// where rows are aligned, a branch that all threads take together.
 template <int N, class T>
@@ -31,13 +50,14 @@ __device__ __forceinline__ Vector<T, N> load_columns(
             memcpy(&x[j], &part, sizeof(part));
         }
     } else {
-        // Put together word by word, for half a word would take a register of its own.
         constexpr int kOfWord = 4 / sizeof(T);
 #pragma unroll
         for (int j = 0; j < N; j += kOfWord) {
-            Vector<T, kOfWord> word;
+            std::uint32_t word = 0;
 #pragma unroll
-            for (int k = 0; k < kOfWord; ++k) word[k] = from.load(i + j + k, j + k < count, site);
+            for (int k = 0; k < kOfWord; ++k) {
+                word |= bits_of(from.load(i + j + k, j + k < count, site)) << 16 * k;
+            }
             memcpy(&x[j], &word, 4);
         }
     }
@@ -57,8 +77,16 @@ __device__ __forceinline__ void store_columns(
             to.store_vector(i + j, part, j < count, site);
         }
     } else {
+        constexpr int kOfWord = 4 / sizeof(T);
 #pragma unroll
-        for (int j = 0; j < N; ++j) to.store(i + j, x[j], j < count, site);
+        for (int j = 0; j < N; j += kOfWord) {
+            std::uint32_t word;
+            memcpy(&word, &x[j], 4);
+#pragma unroll
+            for (int k = 0; k < kOfWord; ++k) {
+                to.store(i + j + k, element_of<T>(word >> 16 * k), j + k < count, site);
+            }
+        }
     }
 }
 

@@ -16,7 +16,7 @@ namespace gpt1 {
 constexpr int kOctet = 8;
 
 /// A thread owns eight columns of one position and walks over the sequences, so that the position's
-/// row is read once.
+/// row is read once. 108 registers in bf16, 4 blocks a processor.
 template <class Table>
 struct EmbeddingFwd {
     struct Params {
@@ -149,7 +149,8 @@ struct EmbeddingGradient {
 /// The rows of sorted ids that leave one partial sum at the most at either end.
 constexpr int kChunk = 64;
 
-/// A warp owns a chunk of the sorted ids and 256 columns, a lane eight of them.
+/// A warp owns a chunk of the sorted ids and 256 columns, a lane eight of them. 88 registers in bf16,
+/// 5 blocks a processor.
 template <class T>
 struct EmbeddingBwd {
     struct Params {
@@ -228,7 +229,7 @@ struct EmbeddingBwd {
 };
 
 /// A block owns the run that leaves a chunk, if it begins there, and 128 columns: a lane four of them,
-/// a warp every eighth partial sum.
+/// a warp every eighth partial sum. 42 registers, 4 KB of shared memory, 5 blocks a processor.
 struct EmbeddingBwdRuns {
     struct Params {
         FloatArray<false> dw;                   // (V, C)
@@ -287,7 +288,8 @@ struct EmbeddingBwdRuns {
     }
 };
 
-/// A thread adds eight columns of one position over the batch.
+/// A thread adds eight columns of one position over the batch. 85 registers in bf16, 5 blocks a
+/// processor.
 template <class T>
 struct EmbeddingBwdPositions {
     struct Params {
