@@ -1,13 +1,14 @@
-"""Bytes that the Triton kernels move, counted without a GPU: exact, so any change is a change.
+"""Bytes that the kernels move, counted without a GPU: exact, so any change is a change.
 
     python -m benchmarks.traffic
 
-Triton's interpreter executes the kernels, and every load and store reports the 32-byte sectors of
-global memory that it touches:
+Triton's interpreter executes the Triton kernels, and their CPU build the CUDA kernels where it is
+there; every load and store reports the 32-byte sectors of global memory that it touches:
 
 compulsory  distinct sectors of a launch, reads and writes apart: what must cross the memory bus
             even if the caches forget nothing within a launch and everything between two
-issued      distinct sectors of each load or store of each program, summed: what the kernel asks for
+issued      distinct sectors of each load or store of each program, in CUDA of each warp, summed:
+            what the kernel asks for
 
 Both are given in bytes and over the floor of `benchmarks.roofline`. Work that a launcher leaves to
 PyTorch, such as zeros or sorting, counts as reading each input and writing each output once.
@@ -36,7 +37,7 @@ if __name__ == "__main__":
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from unittest import mock
 
 import numpy as np
@@ -49,11 +50,13 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from benchmarks import roofline
 from benchmarks.roofline import SECTOR, Floor
 from gpt1_kernels.backends import kernel
+from gpt1_kernels.backends.cuda import extension
 from gpt1_kernels.backends.triton import launch as launching
 from gpt1_kernels.errors import error_record
 
 PROCESSORS = 132
 PROGRAMS = 8 * PROCESSORS  # of a LayerNorm's grid
+CUDA_BLOCKS = 3 * PROCESSORS  # of its backward's
 SHARED_MEMORY = 227 * 1024
 BATCH, T, C, H, D, V = 64, 512, 768, 12, 64, 40478
 F = 4 * C
@@ -139,6 +142,23 @@ def counting() -> Iterator[Traffic]:
 
 
 @contextmanager
+def counting_cuda() -> Iterator[Traffic]:
+    """Counts, on the CPU build of the CUDA kernels for 132 processors, the traffic inside."""
+    build, traffic = extension.module("cuda_host"), Traffic()
+    build.set_processors(PROCESSORS)
+    build.count_traffic(True)
+    try:
+        with _AroundKernels(traffic):
+            yield traffic
+    finally:
+        build.count_traffic(False)
+        build.set_processors(2)
+    for of_kernel in build.traffic().values():
+        traffic.compulsory += of_kernel["compulsory"]
+        traffic.issued += of_kernel["issued"]
+
+
+@contextmanager
 def data_centre_chip() -> Iterator[None]:
     """Launches as on a chip of 132 processors with 227 KB of shared memory."""
     caches = launching.processors, launching.shared_memory, launching.product_tiles
@@ -166,14 +186,16 @@ class Call:
     counted_at: tuple[float, float]
 
 
-def _layer_norm(op: str, direction: str, *, dropout: bool) -> Callable[[float], Callable]:
+def _layer_norm(
+    op: str, direction: str, *, dropout: bool, backend: str = "triton"
+) -> Callable[[float], Callable]:
     def prepare(B: float):
         N = round(B * T)
         x, other = torch.randn(2, N, C, dtype=DTYPE)
         w, b, x_bias = torch.randn(3, C, dtype=DTYPE)
         mean, rstd = torch.ones(2, N)
         seed = torch.zeros(2, dtype=torch.int64)
-        run = kernel("triton", op, f"{op}_{direction}")
+        run = kernel(backend, op, f"{op}_{direction}")
         if direction == "fwd":
             args = (
                 (x, other, w, b, x_bias, seed, 1e-5, 0.1, 0, True) if dropout else (x, w, b, 1e-5)
@@ -186,19 +208,19 @@ def _layer_norm(op: str, direction: str, *, dropout: bool) -> Callable[[float], 
     return prepare
 
 
-def _dropout_mask(B: int):
-    run, seed = kernel("triton", "dropout_mask", "dropout_mask"), torch.zeros(2, dtype=torch.int64)
+def _dropout_mask(B: int, backend: str = "triton"):
+    run, seed = kernel(backend, "dropout_mask", "dropout_mask"), torch.zeros(2, dtype=torch.int64)
     return lambda: run(seed, (B, H, T, T), 0.1, 0, True)
 
 
-def _embedding(direction: str) -> Callable[[int], Callable]:
+def _embedding(direction: str, backend: str = "triton") -> Callable[[int], Callable]:
     """All ids differ, the most that can be asked of the tables."""
 
     def prepare(B: int):
         error_record("embedding", V, torch.device("cpu"))  # made once, not in every call
         ids = torch.randperm(V, generator=torch.Generator().manual_seed(0))[: B * T].view(B, T)
         seed = torch.zeros(2, dtype=torch.int64)
-        run = kernel("triton", "embedding", f"embedding_{direction}")
+        run = kernel(backend, "embedding", f"embedding_{direction}")
         if direction == "fwd":
             tables = torch.randn(V, C, dtype=DTYPE), torch.randn(T, C, dtype=DTYPE)
             args = (ids, *tables, None, None, seed, 0.1, 0, DTYPE)
@@ -207,7 +229,7 @@ def _embedding(direction: str) -> Callable[[int], Callable]:
             args = (dout, ids, None, None, seed, 0.1, 0, V, T, DTYPE, [True] * 2)
 
         def unchecked():  # a GPU does not check ids before the launch
-            with mock.patch("gpt1_kernels.backends.triton.embedding.check_ids"):
+            with mock.patch(f"{run.__module__}.check_ids"):
                 run(*args)
 
         return unchecked
@@ -322,6 +344,39 @@ CALLS = {
 }
 
 
+CUDA_CALLS = {
+    "layer_norm_fwd": Call(
+        _layer_norm("layer_norm", "fwd", dropout=False, backend="cuda_host"),
+        CALLS["layer_norm_fwd"].floor,
+        counted_at=(5.25, 5.375),
+    ),
+    "layer_norm_bwd": Call(
+        _layer_norm("layer_norm", "bwd", dropout=False, backend="cuda_host"),
+        lambda B: roofline.layer_norm_bwd(B * T, C, S, S, CUDA_BLOCKS),
+        counted_at=(3.125, 3.25),
+    ),
+    "dropout_add_layer_norm_fwd": Call(
+        _layer_norm("dropout_add_layer_norm", "fwd", dropout=True, backend="cuda_host"),
+        CALLS["dropout_add_layer_norm_fwd"].floor,
+        counted_at=(5.25, 5.375),
+    ),
+    "dropout_add_layer_norm_bwd": Call(
+        _layer_norm("dropout_add_layer_norm", "bwd", dropout=True, backend="cuda_host"),
+        lambda B: roofline.dropout_add_layer_norm_bwd(B * T, C, S, S, CUDA_BLOCKS),
+        counted_at=(3.125, 3.25),
+    ),
+    "dropout_mask": Call(
+        partial(_dropout_mask, backend="cuda_host"), CALLS["dropout_mask"].floor, counted_at=(1, 2)
+    ),
+    "embedding_fwd": Call(
+        _embedding("fwd", "cuda_host"), CALLS["embedding_fwd"].floor, counted_at=(4, 8)
+    ),
+    "embedding_bwd": Call(
+        _embedding("bwd", "cuda_host"), CALLS["embedding_bwd"].floor, counted_at=(1, 2)
+    ),
+}
+
+
 def _any_bits(seed, block, row, step, site, n_rounds):
     """Four words in the place of Philox's: drawing them moves no bytes, and takes the most time."""
     word = block + row
@@ -334,9 +389,13 @@ def _any_product(builder, a, b, accumulator, *options):
 
 
 @cache
-def count(name: str, B: float) -> tuple[int, int]:
+def count(name: str, B: float, backend: str = "triton") -> tuple[int, int]:
     """(compulsory, issued) bytes of a call at a batch size, on a data-centre chip."""
-    run = CALLS[name].prepare(B)
+    run = _call(name, backend).prepare(B)
+    if backend == "cuda_host":
+        with counting_cuda() as traffic:
+            run()
+        return traffic.compulsory, traffic.issued
     with (
         data_centre_chip(),
         mock.patch.object(tl, "philox", _any_bits),
@@ -347,21 +406,29 @@ def count(name: str, B: float) -> tuple[int, int]:
     return traffic.compulsory, traffic.issued
 
 
-def measure(name: str) -> tuple[int, int, int]:
+def measure(name: str, backend: str = "triton") -> tuple[int, int, int]:
     """(compulsory, issued, floor) bytes of a call at GPT-1's training shape, B = 64."""
-    first, second = CALLS[name].counted_at
+    call = _call(name, backend)
+    first, second = call.counted_at
     steps = round((BATCH - second) / (second - first))
-    counts = zip(count(name, first), count(name, second), strict=True)
+    counts = zip(count(name, first, backend), count(name, second, backend), strict=True)
     compulsory, issued = (b + (b - a) * steps for a, b in counts)
-    return compulsory, issued, CALLS[name].floor(BATCH).bytes
+    return compulsory, issued, call.floor(BATCH).bytes
+
+
+def _call(name: str, backend: str) -> Call:
+    return (CUDA_CALLS if backend == "cuda_host" else CALLS)[name]
 
 
 def main() -> None:
-    print(f"{'B = 64, T = 512':28}{'compulsory':>14}{'issued':>14}{'floor':>14}{'ratios':>16}")
-    for name in CALLS:
-        compulsory, issued, floor = measure(name)
+    calls = [("triton", name) for name in CALLS]
+    if extension.absence("cuda_host") is None:
+        calls += [("cuda_host", name) for name in CUDA_CALLS]
+    print(f"{'B = 64, T = 512':38}{'compulsory':>14}{'issued':>14}{'floor':>14}{'ratios':>16}")
+    for backend, name in calls:
+        compulsory, issued, floor = measure(name, backend)
         ratios = f"{compulsory / floor:8.4f}{issued / floor:8.4f}"
-        print(f"{name:28}{compulsory:14,}{issued:14,}{floor:14,}{ratios}", flush=True)
+        print(f"{backend:10}{name:28}{compulsory:14,}{issued:14,}{floor:14,}{ratios}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 
 #include "dropout/dropout.h"
+#include "embedding/embedding.h"
+#include "layer_norm/layer_norm.h"
 #include "platform/runtime.h"
 
 PYBIND11_MODULE(GPT1_KERNELS_MODULE, module) {
@@ -10,4 +12,10 @@ PYBIND11_MODULE(GPT1_KERNELS_MODULE, module) {
     module.def("versions", &versions, "(driver, runtime): CUDA's, such as 13000; no driver is 0.");
     module.def("prepare", &prepare, "To be called once for a device before the first launch on it.");
     module.def("dropout_mask", &dropout_mask);
+    module.def("embedding_fwd", &embedding_fwd);
+    module.def("embedding_bwd", &embedding_bwd);
+    module.def("embedding_bwd_positions", &embedding_bwd_positions);
+    module.def("layer_norm_fwd", &layer_norm_fwd);
+    module.def("layer_norm_bwd", &layer_norm_bwd);
+    module.def("layer_norm_bwd_blocks", &layer_norm_bwd_blocks);
 }

@@ -122,6 +122,14 @@ def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+@on_backends(case for case in SMALL if "layer_norm" in case.op)
+def test_row04_parameters_with_gaps(case, backend):
+    inputs, dout = cast(case, torch.float32, torch.float32), upstream(case, torch.float32)
+    gaps = {k: x.repeat_interleave(2)[::2] if x.dim() == 1 else x for k, x in inputs.items()}
+    with use_backend(backend):
+        assert_same(results(case.fused, gaps, dout), results(case.fused, inputs, dout))
+
+
 @pytest.mark.parametrize(
     "layout", ["last stride not 1", "row stride above its size", "axes swapped in memory"]
 )

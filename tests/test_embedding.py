@@ -1,11 +1,13 @@
 """The embedding on every backend: what its gradients must survive, however often an id repeats."""
 
+import sys
 from functools import partial
 
 import pytest
 import torch
 
 from gpt1_kernels import errors, ops, use_backend
+from gpt1_kernels.backends import kernel
 from gpt1_kernels.rng import keep_mask, keep_scale
 from tests.cases import (
     DEVICE,
@@ -123,14 +125,13 @@ def test_only_the_kernels_of_needed_gradients_are_launched(launches):
         assert counts == dict.fromkeys([forward, *kernels], 1)
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", [b for b in backends_of("embedding") if b != "portable"])
 @pytest.mark.parametrize("p", [0.0, P])
 @pytest.mark.parametrize("name", ["ids", "position_ids", "token_type_ids"])
 @pytest.mark.parametrize("value", [-1, 50, 2**40])
-def test_a_kernel_meets_an_id_out_of_range(name, value, p, monkeypatch):
+def test_a_kernel_meets_an_id_out_of_range(name, value, p, backend, monkeypatch):
     """As on a GPU, where nothing is checked before the launch."""
-    from gpt1_kernels.backends.triton import embedding as kernels
-
+    kernels = sys.modules[kernel(backend, "embedding", "embedding_fwd").__module__]
     monkeypatch.setattr(kernels, "check_ids", lambda *_: None)
     generator = torch.Generator().manual_seed(2)
     good = {

@@ -15,6 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import traffic
 from benchmarks.traffic import counting
+from gpt1_kernels.backends.cuda import extension
+
+ABSENCE = extension.absence("cuda_host")
 
 
 class Pin(NamedTuple):
@@ -52,6 +55,17 @@ EXPECTED = {
     "linear_cross_entropy of 798 tokens": Pin(1_363_056_640, 2_406_127_616, 22.95, 13.0),
 }
 
+EXPECTED_CUDA = {
+    "layer_norm_fwd": Pin(100_928_512, 104_787_968, 1.05),
+    "layer_norm_bwd": Pin(156_130_816, 158_572_544, 1.10),
+    "dropout_add_layer_norm_fwd": Pin(201_593_376, 208_562_176, 1.05),
+    "dropout_add_layer_norm_bwd": Pin(208_901_664, 213_440_512, 1.10),
+    "dropout_mask": Pin(18_874_400, 33_423_360, 1.78),  # as above
+    "embedding_fwd": Pin(101_711_904, 106_168_320, 1.05),
+    # As above; and of each four rows that a warp reads it reads the seed.
+    "embedding_bwd": Pin(216_609_792, 221_748_032, 1.96, 1.91),
+}
+
 
 SLOW = ("layer_norm_fwd", "layer_norm_bwd", "gelu_ffn_bwd")
 """A plain LayerNorm runs the kernels of a residual site; split sums need thousands of rows."""
@@ -64,8 +78,16 @@ def in_default_run(name: str):
 @pytest.mark.parametrize("name", [in_default_run(name) for name in traffic.CALLS])
 def test_traffic_of_gpt1(name):
     """Counted bytes over the floor: pinned exactly, and within the limits."""
-    compulsory, issued, floor = traffic.measure(name)
-    pin = EXPECTED[name]
+    check(EXPECTED[name], *traffic.measure(name))
+
+
+@pytest.mark.skipif(ABSENCE is not None, reason=f"cuda_host: {ABSENCE}")
+@pytest.mark.parametrize("name", [in_default_run(name) for name in traffic.CUDA_CALLS])
+def test_traffic_of_gpt1_in_cuda(name):
+    check(EXPECTED_CUDA[name], *traffic.measure(name, "cuda_host"))
+
+
+def check(pin: Pin, compulsory: int, issued: int, floor: int):
     assert (compulsory, issued) == (pin.compulsory, pin.issued)
     assert floor * 0.999 <= compulsory <= pin.compulsory_limit * floor
     assert compulsory <= issued <= pin.issued_limit * floor
@@ -82,6 +104,15 @@ def test_bytes_are_linear_in_the_batch(name):
 def test_bytes_of_attention_are_linear_in_its_heads(direction):
     name = f"causal_attention_qkvpacked_{direction}"
     one, two, three = (traffic.count(name, heads / traffic.H) for heads in (1, 2, 3))
+    assert three == tuple(2 * b - a for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.skipif(ABSENCE is not None, reason=f"cuda_host: {ABSENCE}")
+@pytest.mark.parametrize("name", ["dropout_add_layer_norm_bwd", "embedding_fwd"])
+def test_bytes_of_cuda_are_linear_in_the_batch(name):
+    first, second = traffic.CUDA_CALLS[name].counted_at
+    sizes = (first, second, 2 * second - first)
+    one, two, three = (traffic.count(name, B, "cuda_host") for B in sizes)
     assert three == tuple(2 * b - a for a, b in zip(one, two, strict=True))
 
 

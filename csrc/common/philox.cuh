@@ -18,8 +18,10 @@ struct DropoutStream {
     std::uint32_t key[2];
     std::uint32_t step, site;
 
+    /// Of any bits at all if the seed is absent.
     __device__ __forceinline__ explicit DropoutStream(const Global<const std::int64_t>& seed) {
-        const std::int64_t key_words = seed.load(0), place = seed.load(1);
+        const bool present = static_cast<bool>(seed);
+        const std::int64_t key_words = seed.load(0, present), place = seed.load(1, present);
         key[0] = static_cast<std::uint32_t>(key_words);
         key[1] = static_cast<std::uint32_t>(key_words >> 32);
         step = static_cast<std::uint32_t>(place);
@@ -54,6 +56,22 @@ struct DropoutStream {
         }
         return bits;
     }
+
+    /// The bits of N = 4 or 8 columns from `column` on, a multiple of N.
+    template <int N>
+    __device__ __forceinline__ std::uint32_t keep(
+        std::int64_t column, std::int64_t row, std::uint32_t threshold) const {
+        static_assert(N == 4 || N == 8);
+        return keep8(static_cast<std::uint32_t>(column / 8), static_cast<std::uint32_t>(row), threshold) >>
+               (N == 4 ? column & 4 : 0);
+    }
 };
+
+/// Drops elements or scales the survivors: N neighbouring columns of a row whose bits are `keep`.
+template <int N>
+__device__ __forceinline__ void apply_dropout(Vector<float, N>& x, std::uint32_t keep, float scale) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = keep >> j & 1 ? x[j] * scale : 0.0f;
+}
 
 }  // namespace gpt1

@@ -32,6 +32,18 @@ struct Pair {
     float low, high;
 };
 
+template <class To, class From>
+__device__ __forceinline__ To same_bits(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+/// N elements of type T in registers.
+template <class T, int N>
+using WordsOf = Vector<std::uint32_t, N * sizeof(T) / 4>;
+
 // --- indices ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int thread_index() { return threadIdx.x; }
@@ -82,15 +94,17 @@ public:
     template <int N>
     __device__ __forceinline__ Vector<std::remove_const_t<T>, N> load_vector(
         std::int64_t i, bool mask = true, Site = Site::current()) const {
-        Vector<std::remove_const_t<T>, N> value{};
-        if (mask) value = *reinterpret_cast<const Vector<std::remove_const_t<T>, N>*>(data_ + i);
-        return value;
+        // As words: of a vector of 2-byte elements, the compiler would give each a register of its own
+        // where the masked-out zeros come in, and so wait for the load right there.
+        WordsOf<T, N> words{};
+        if (mask) words = *reinterpret_cast<const WordsOf<T, N>*>(data_ + i);
+        return same_bits<Vector<std::remove_const_t<T>, N>>(words);
     }
 
     template <int N>
     __device__ __forceinline__ void store_vector(
         std::int64_t i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
-        if (mask) *reinterpret_cast<Vector<T, N>*>(data_ + i) = value;
+        if (mask) *reinterpret_cast<WordsOf<T, N>*>(data_ + i) = same_bits<WordsOf<T, N>>(value);
     }
 
     __device__ __forceinline__ T* address(std::int64_t i) const { return data_ + i; }
@@ -190,14 +204,6 @@ __device__ __forceinline__ T from_float(float x) {
     if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
     else if constexpr (std::is_same_v<T, fp16>) return __float2half_rn(x);
     else return x;
-}
-
-template <class To, class From>
-__device__ __forceinline__ To same_bits(const From& from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    memcpy(&to, &from, sizeof(To));
-    return to;
 }
 
 /// Two elements of 2 bytes in a register, `low` first in memory.

@@ -42,7 +42,13 @@ float to_float(fp16 x) {
     return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
 }
 
-int processors(int) { return 2; }
+namespace host {
+
+int processors = 2;
+
+}  // namespace host
+
+int processors(int) { return host::processors; }
 
 int shared_memory_limit(int) { return 99 * 1024; }
 

@@ -361,8 +361,12 @@ void launch(std::int64_t grid, int shared_bytes, Stream, const typename Kernel::
     host::run_grid(Kernel::kName, grid, Kernel::kThreads, shared_bytes, [&] { Kernel::run(params); });
 }
 
-/// A chip of two processors, small enough that blocks walk over several tiles in a test.
+/// Two, so few that blocks walk over several tiles in a test, unless a test sets another number.
 int processors(int device);
+
+namespace host {
+extern int processors;
+}
 
 int shared_memory_limit(int device);
 

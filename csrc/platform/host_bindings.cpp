@@ -4,6 +4,7 @@
 
 #include "platform/host_memory.h"
 #include "platform/host_planted.h"
+#include "platform/platform.cuh"
 #include "platform/runtime.h"
 
 namespace py = pybind11;
@@ -21,6 +22,25 @@ void set_order(const std::string& name, std::uint64_t seed) {
         throw std::invalid_argument("order: '" + name + "', expected forward, reversed or shuffled");
     }
     host::set_order(found->second, seed);
+}
+
+std::vector<float> widened(int dtype, const std::vector<std::uint16_t>& bits) {
+    std::vector<float> values;
+    dispatch_narrow(dtype, [&](auto element) {
+        for (const std::uint16_t pattern : bits) {
+            element.bits = pattern;
+            values.push_back(to_float(element));
+        }
+    });
+    return values;
+}
+
+std::vector<std::uint16_t> narrowed(int dtype, const std::vector<float>& values) {
+    std::vector<std::uint16_t> bits;
+    dispatch_narrow(dtype, [&](auto element) {
+        for (const float value : values) bits.push_back(from_float<decltype(element)>(value).bits);
+    });
+    return bits;
 }
 
 py::dict traffic() {
@@ -41,12 +61,16 @@ void bind_platform(py::module_& module) {
     py::register_exception<host::Fault>(module, "KernelFault", PyExc_RuntimeError);
     module.def("set_order", &set_order, py::arg("order"), py::arg("seed") = 0,
                "In which order threads run between barriers: forward, reversed or shuffled.");
+    module.def("set_processors", [](int count) { host::processors = count; }, py::arg("count"),
+               "How many the chip has, which sizes the grids that walk over tiles; 2 at first.");
     module.def("count_traffic", &host::count_traffic, py::arg("on"),
                "Counts sectors and bank conflicts of the launches from now on, from zero.");
     module.def("traffic", &traffic, "What was counted, by kernel.");
     module.def("planted_names", &host::planted_names, "Small kernels that test this platform.");
     module.def("run_planted", &host::run_planted, py::arg("name"), py::arg("planted"),
-               "Runs one of them, with its bug or without.");
+               "Runs one of them, with its bug or without; gives what it wrote.");
+    module.def("widened", &widened, py::arg("dtype"), py::arg("bits"), "Floats of 16-bit patterns.");
+    module.def("narrowed", &narrowed, py::arg("dtype"), py::arg("values"), "16-bit patterns of floats.");
 }
 
 }  // namespace gpt1

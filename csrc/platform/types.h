@@ -15,6 +15,9 @@ using Array = std::pair<std::uintptr_t, std::int64_t>;
 /// Where to launch: a device's index and a cudaStream_t.
 using Stream = std::pair<int, std::uintptr_t>;
 
+/// A tensor and its DType, where that is not the activations'.
+using TypedArray = std::pair<Array, int>;
+
 /// The types of elements, as backends/cuda/extension.py numbers them.
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 

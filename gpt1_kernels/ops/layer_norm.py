@@ -150,9 +150,10 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
     (x,) = autocast(x)
     check_activation("layer_norm", "x", x)
     _check_parameters("layer_norm", x, w, b)
-    backend = resolve("layer_norm", x)
+    backend = resolve("layer_norm", x, width=x.shape[-1])
     rows = last_contiguous(x.reshape(-1, x.shape[-1]))
-    return _LayerNorm.apply(rows, w, b, eps, backend).view(x.shape)
+    y = _LayerNorm.apply(rows, last_contiguous(w), last_contiguous(b), eps, backend)
+    return y.view(x.shape)
 
 
 def dropout_add_layer_norm(
@@ -194,9 +195,10 @@ def dropout_add_layer_norm(
     check_parameter(op, "x_bias", x_bias, x, x.shape[-1:])
     rows = last_contiguous(x.reshape(-1, x.shape[-1]))
     check_dropout(op, dropout_p, seed, row_offset + rows.shape[0], x)
-    backend = resolve(op, x)
+    backend = resolve(op, x, width=x.shape[-1])
     y = _DropoutAddLayerNorm.apply(
-        rows, last_contiguous(residual.reshape(rows.shape)), w, b, x_bias,
+        rows, last_contiguous(residual.reshape(rows.shape)),
+        *(v if v is None else last_contiguous(v) for v in (w, b, x_bias)),
         seed if dropout_p > 0.0 else None, eps, dropout_p, row_offset, backend,
     )  # fmt: skip
     return y.view(x.shape)

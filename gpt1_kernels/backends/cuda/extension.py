@@ -1,7 +1,7 @@
 """The compiled extension: loads it, says why it is absent, calls its functions.
 
-A function of the extension takes the index of a device, a stream, and then plain numbers: sizes,
-strides, and for each tensor an address with an extent, which `view` gives.
+A function of the extension takes plain numbers: sizes, strides, and for each tensor an address with
+an extent, which `view` gives; last, the index of a device with a stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NOT_BUILT = {
     "cuda": "it was installed without nvcc, or with GPT1_KERNELS_BUILD_CUDA=0",
     "cuda_host": "it was installed without GPT1_KERNELS_BUILD_HOST=1",
 }
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @cache
@@ -51,10 +51,19 @@ def launch(function: str, tensor: Tensor, *args) -> None:
         RuntimeError: CUDA refused the launch.
     """
     index = tensor.get_device()  # -1 on a CPU
-    backend = "cuda_host" if index < 0 else "cuda"
     stream = 0 if index < 0 else torch._C._cuda_getCurrentRawStream(index)
-    count_launch(backend, function)
-    getattr(_prepared(backend, index), function)(index, stream, *args)
+    count_launch(_backend(index), function)
+    getattr(_prepared(_backend(index), index), function)(*args, (index, stream))
+
+
+def query(function: str, tensor: Tensor, *args) -> int:
+    """What a function of the extension says of launches where a tensor lies, such as their grid."""
+    index = tensor.get_device()
+    return getattr(_prepared(_backend(index), index), function)(*args, index)
+
+
+def _backend(index: int) -> str:
+    return "cuda_host" if index < 0 else "cuda"
 
 
 @cache
@@ -75,3 +84,8 @@ def view(tensor: Tensor | None) -> tuple[int, int]:
         return tensor.data_ptr(), tensor.numel()
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.data_ptr(), 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+def typed_view(tensor: Tensor | None) -> tuple[tuple[int, int], int]:
+    """`view` and the dtype's code, for a tensor that need not have the activations' dtype."""
+    return view(tensor), 0 if tensor is None else DTYPE_CODES[tensor.dtype]

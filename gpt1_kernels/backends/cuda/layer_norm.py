@@ -1,0 +1,111 @@
+"""Launchers of LayerNorm, alone and behind a residual branch; csrc/layer_norm/ has the kernels.
+
+A plain LayerNorm is the residual site without its optional tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, query, typed_view, view
+from gpt1_kernels.rng import keep_scale, threshold
+
+MAX_SIZES = {"width": 8192}
+
+
+def layer_norm_fwd(
+    x: Tensor,  # (N, C)
+    w: Tensor,  # (C,)
+    b: Tensor,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, _, mean, rstd = _forward(x, None, w, b, None, None, eps, 0.0, 0, save_total=False)
+    return y, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,  # (N, C)
+    x: Tensor,  # (N, C)
+    w: Tensor,  # (C,)
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    need_x, need_w, need_b = needs
+    _, dx, dw, db, _ = _backward(
+        dy, x, w, mean, rstd, None, 0.0, 0, [False, need_x, need_w, need_b, False]
+    )
+    return dx, dw, db
+
+
+def dropout_add_layer_norm_fwd(
+    x: Tensor,  # (N, C)
+    residual: Tensor,  # (N, C)
+    w: Tensor,  # (C,)
+    b: Tensor,  # (C,)
+    x_bias: Tensor | None,  # (C,)
+    seed: Tensor | None,  # (2,)
+    eps: float,
+    dropout_p: float,
+    row_offset: int,
+    save_total: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_total)
+
+
+def dropout_add_layer_norm_bwd(
+    dy: Tensor,  # (N, C)
+    total: Tensor,  # (N, C)
+    w: Tensor,  # (C,)
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
+    seed: Tensor | None,  # (2,)
+    dropout_p: float,
+    row_offset: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    need_x, need_residual, *need_parameters = needs
+    need_x = need_x and not (need_residual and dropout_p == 0.0)  # dx is dresidual then
+    return _backward(
+        dy, total, w, mean, rstd, seed, dropout_p, row_offset,
+        [need_x, need_residual, *need_parameters],
+    )  # fmt: skip
+
+
+def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_total):
+    N, C = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty_like(y) if save_total else x.new_empty(0)
+    mean = x.new_empty(N, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if x.numel() > 0:
+        launch(
+            "layer_norm_fwd", x, DTYPE_CODES[x.dtype],
+            view(x), view(residual), typed_view(w), typed_view(b), typed_view(x_bias), view(seed),
+            view(y), view(total), view(mean), view(rstd),
+            N, C, x.stride(0), 0 if residual is None else residual.stride(0),
+            eps, threshold(dropout_p), keep_scale(dropout_p), row_offset,
+        )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
+    need_x, need_total, need_w, need_b, need_x_bias = needs
+    N, C = total.shape
+    dx = total.new_empty(total.shape if need_x else 0)
+    dtotal = total.new_empty(total.shape if need_total else 0)
+    dw = w.new_zeros(C if need_w else 0)
+    db = w.new_zeros(C if need_b else 0)
+    dx_bias = w.new_zeros(C if need_x_bias else 0, dtype=torch.float32)
+    if total.numel() > 0:
+        dtype = DTYPE_CODES[total.dtype]
+        blocks = query("layer_norm_bwd_blocks", total, dtype, N, C)
+        partials = dy.new_empty(sum(needs[2:]), blocks, C, dtype=torch.float32)
+        launch(
+            "layer_norm_bwd", total, dtype,
+            view(dy), view(total), typed_view(w), view(mean), view(rstd), view(seed),
+            view(dtotal), view(dx), view(partials), *map(typed_view, (dw, db, dx_bias)),
+            N, C, total.stride(0), threshold(dropout_p), keep_scale(dropout_p), row_offset,
+        )  # fmt: skip
+    return dx, dtotal, dw, db, dx_bias
