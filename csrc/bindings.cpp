@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include "dropout/dropout.h"
+#include "ffn/ffn.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
+#include "matmul/matmul.h"
 #include "platform/runtime.h"
 
 PYBIND11_MODULE(GPT1_KERNELS_MODULE, module) {
@@ -9,5 +12,12 @@ PYBIND11_MODULE(GPT1_KERNELS_MODULE, module) {
     bind_platform(module);
     module.def("versions", &versions, "(driver, runtime): CUDA's, such as 13000; no driver is 0.");
     module.def("prepare", &prepare, "To be called once for a device before the first launch on it.");
+    module.def("column_sums", &column_sums);
+    module.def("cross_entropy", &cross_entropy);
+    module.def("dgelu_product", &dgelu_product);
     module.def("dropout_mask", &dropout_mask);
+    module.def("gelu_product", &gelu_product);
+    module.def("matmul", &matmul);
+    module.def("scale_gradient", &scale_gradient);
+    module.def("split_of_matmul", &split_of_matmul);
 }

@@ -156,9 +156,9 @@ template <class T>
 __device__ __forceinline__ void copy_async(
     const Shared<std::remove_const_t<T>>& to, int i, const Global<T>& from, std::int64_t j,
     bool mask = true, Site = Site::current()) {
-    // With a source size of 0 nothing is read, and 16 zero bytes are written.
+    // With a source size of 0 nothing is read, wherever the address is, and 16 zero bytes are written.
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to.address(i)),
-                 "l"(from.address(mask ? j : 0)), "r"(mask ? 16 : 0)
+                 "l"(from.address(j)), "r"(mask ? 16 : 0)
                  : "memory");
 }
 
@@ -223,7 +223,11 @@ __device__ __forceinline__ float fast_exp2(float x) {
     return y;
 }
 
-__device__ __forceinline__ float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // --- matrices --------------------------------------------------------------------------------------
 
