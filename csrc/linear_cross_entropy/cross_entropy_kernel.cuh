@@ -69,7 +69,7 @@ struct CrossEntropy {
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) largest = fmaxf(largest, x[i]);
         });
-        maxima.store(warp_index(), warp_max(largest));
+        maxima.store(warp_index(), warp_max(largest), lane_index() == 0);
         barrier();
         largest = fmaxf(warp_max<kWarps>(maxima.load(lane_index() % kWarps)), target_logit);
 
@@ -80,7 +80,7 @@ struct CrossEntropy {
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) others += exponential(x[i] - largest);
         });
-        sums.store(warp_index(), warp_sum(others));
+        sums.store(warp_index(), warp_sum(others), lane_index() == 0);
         barrier();
         others = warp_sum<kWarps>(sums.load(lane_index() % kWarps));
         const float behind = target_logit - largest, total = others + exponential(behind);

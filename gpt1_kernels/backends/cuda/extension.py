@@ -1,7 +1,7 @@
 """The compiled extension: loads it, says why it is absent, calls its functions.
 
-A function of the extension takes the index of a device, a stream, and then plain numbers: sizes,
-strides, and for each tensor an address with an extent, which `view` gives.
+A function of the extension takes plain numbers: sizes, strides, and for each tensor an address with
+an extent, which `view` gives; last, the index of a device with a stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NOT_BUILT = {
     "cuda": "it was installed without nvcc, or with GPT1_KERNELS_BUILD_CUDA=0",
     "cuda_host": "it was installed without GPT1_KERNELS_BUILD_HOST=1",
 }
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @cache
@@ -54,7 +54,7 @@ def launch(function: str, tensor: Tensor, *args) -> None:
     backend = "cuda_host" if index < 0 else "cuda"
     stream = 0 if index < 0 else torch._C._cuda_getCurrentRawStream(index)
     count_launch(backend, function)
-    getattr(_prepared(backend, index), function)(index, stream, *args)
+    getattr(_prepared(backend, index), function)(*args, (index, stream))
 
 
 @cache
