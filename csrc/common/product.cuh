@@ -218,9 +218,9 @@ private:
         }
     }
 
-    // A fragment has two neighbouring elements to a thread. In shared memory a warp turns them, 32
-    // rows at a time, into as many as 16 bytes hold.
-    static constexpr int kStripRows = 32, kStripStride = kWarpN + 8;
+    // A fragment has two neighbouring elements to a thread. In shared memory a warp turns them, a strip
+    // of rows at a time, into kWidth; a thread has 8 times as many of a strip.
+    static constexpr int kStripRows = 4 * Epilogue::kWidth, kStripStride = kWarpN + 8;
     static constexpr int kStripSize = kStripRows * kStripStride;
     static_assert(4 * kStripSize * sizeof(float) <= kMaxSharedBytes);
 
@@ -240,8 +240,8 @@ private:
         const std::int64_t warp_first_m = first_m + warp_m(), n = first_n + warp_n() + column;
         Epilogue epilogue(params, n, n < N);
 #pragma unroll
-        for (int half = 0; half < kWarpM / kStripRows; ++half) {
-            const std::int64_t strip_m = warp_first_m + half * kStripRows + lane / kLanes;
+        for (int s = 0; s < kWarpM / kStripRows; ++s) {
+            const std::int64_t strip_m = warp_first_m + s * kStripRows + lane / kLanes;
             const auto inside = [&](int i) { return strip_m + i * kRows < M && n < N; };
             typename Epilogue::Input inputs[kStripRows / kRows];
 #pragma unroll
@@ -252,7 +252,7 @@ private:
             for (int i = 0; i < kStripRows / 16; ++i) {
 #pragma unroll
                 for (int j = 0; j < kWarpN / 8; ++j) {
-                    const float* values = acc.values[half * 2 + i][j].values;
+                    const float* values = acc.values[s * (kStripRows / 16) + i][j].values;
                     const int row = i * 16 + lane / 4, pair = j * 8 + lane % 4 * 2;
                     strip.store_vector(strip_offset(row, pair), Vector<float, 2>{values[0], values[1]});
                     strip.store_vector(strip_offset(row + 8, pair), Vector<float, 2>{values[2], values[3]});

@@ -19,7 +19,8 @@ struct ColumnSums {
     static constexpr const char* kName = "column_sums";
     static constexpr int kThreads = 256, kRows = kThreads / kLanes;
     static constexpr int kBlocksPerProcessor = 4;
-    static constexpr int kMaxSharedBytes = kRows * kColumns * sizeof(float);
+    static constexpr int kPlane = kThreads + 32 / kWidth;  // of one element of each thread, without bank conflicts
+    static constexpr int kMaxSharedBytes = kWidth * kPlane * sizeof(float);
 
     __device__ static void run(const Params& p) {
         const std::int64_t strips = (p.columns + kColumns - 1) / kColumns, index = block_index() / strips;
@@ -35,14 +36,13 @@ struct ColumnSums {
             for (int i = 0; i < kWidth; ++i) sum[i] += x[i];
         }
 
-        // Element i of a thread goes to plane i, which banks like better than neighbours.
         SharedArena arena;
-        const Shared<float> shares = arena.take<float>(kRows * kColumns);
+        const Shared<float> shares = arena.take<float>(kWidth * kPlane);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) shares.store(i * kThreads + thread_index(), sum[i]);
+        for (int i = 0; i < kWidth; ++i) shares.store(i * kPlane + thread_index(), sum[i]);
         barrier();
         if (thread_index() >= kColumns) return;
-        const int place = thread_index() % kWidth * kThreads + thread_index() / kWidth;
+        const int place = thread_index() % kWidth * kPlane + thread_index() / kWidth;
         float total = 0.0f;
 #pragma unroll 8
         for (int i = 0; i < kRows; ++i) total += shares.load(place + i * kLanes);
