@@ -28,28 +28,30 @@ struct ProductGrid {
     static constexpr int kGroupM = 8;  // rows of tiles that are worked on together, to share L2
 
     std::int64_t M, N;
-    std::int64_t tiles_m, tiles_n;
-    std::int64_t steps;  // of kBlockK terms, of one tile
+    int tiles_m, tiles_n;
+    int steps;           // of kBlockK terms, of one tile
     std::int64_t share;  // steps of one block where sums are split, else 0
 
     ProductGrid() = default;
     ProductGrid(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocks)
-        : M(M), N(N), tiles_m((M + kBlockM - 1) / kBlockM), tiles_n((N + kBlockN - 1) / kBlockN),
-          steps(K > 0 ? (K + kBlockK - 1) / kBlockK : 1),
-          share(blocks > 0 ? (tiles() * steps + blocks - 1) / blocks : 0) {}
+        : M(M), N(N), tiles_m(ceil_div(M, kBlockM)), tiles_n(ceil_div(N, kBlockN)),
+          steps(K > 0 ? ceil_div(K, kBlockK) : 1), share(blocks > 0 ? (all_steps() + blocks - 1) / blocks : 0) {}
 
-    __host__ __device__ std::int64_t tiles() const { return tiles_m * tiles_n; }
+    __host__ __device__ std::int64_t tiles() const { return std::int64_t{tiles_m} * tiles_n; }
+    __host__ __device__ std::int64_t all_steps() const { return tiles() * steps; }
     __host__ __device__ bool split() const { return share > 0; }
-    __host__ __device__ std::int64_t steps_of_block() const { return split() ? share : steps; }
-    __host__ __device__ std::int64_t blocks() const { return (tiles() * steps + steps_of_block() - 1) / steps_of_block(); }
+    std::int64_t blocks() const { return split() ? (all_steps() + share - 1) / share : tiles(); }
 
     /// First row and column of a tile; tiles go down kGroupM rows before they go right.
-    __device__ __forceinline__ void origin(std::int64_t tile, std::int64_t& first_m, std::int64_t& first_n) const {
-        const std::int64_t group = tile / (kGroupM * tiles_n), within = tile % (kGroupM * tiles_n);
-        const std::int64_t left = tiles_m - group * kGroupM, rows = left < kGroupM ? left : kGroupM;
-        first_m = (group * kGroupM + within % rows) * kBlockM;
-        first_n = within / rows * kBlockN;
+    __device__ __forceinline__ void origin(int tile, std::int64_t& first_m, std::int64_t& first_n) const {
+        const int group = tile / (kGroupM * tiles_n), within = tile % (kGroupM * tiles_n);
+        const int left = tiles_m - group * kGroupM, rows = left < kGroupM ? left : kGroupM;
+        first_m = std::int64_t{group * kGroupM + within % rows} * kBlockM;
+        first_n = std::int64_t{within / rows} * kBlockN;
     }
+
+private:
+    static int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
 };
 
 /// What a thread copies of an operand's tiles: a chunk of 16 bytes in every kRowStep-th row.
@@ -124,19 +126,22 @@ struct Product {
     };
 
     __device__ static void run(const Params& p) {
-        const std::int64_t first_step = block_index() * p.grid.steps_of_block();
-        std::int64_t last_step = first_step + p.grid.steps_of_block();
-        if (last_step > p.grid.tiles() * p.grid.steps) last_step = p.grid.tiles() * p.grid.steps;
-
-        for (std::int64_t step = first_step; step < last_step;) {
-            const std::int64_t tile = step / p.grid.steps, start = tile * p.grid.steps;
-            const std::int64_t end = start + p.grid.steps < last_step ? start + p.grid.steps : last_step;
-            std::int64_t first_m, first_n;
-            p.grid.origin(tile, first_m, first_n);
+        const ProductGrid& grid = p.grid;
+        int tile = static_cast<int>(block_index()), first = 0;
+        std::int64_t left = grid.steps;
+        if (grid.split()) {
+            const std::int64_t start = block_index() * grid.share, end = grid.all_steps();
+            tile = static_cast<int>(start / grid.steps);
+            first = static_cast<int>(start % grid.steps);
+            left = start + grid.share < end ? grid.share : end - start;
+        }
+        while (left > 0) {
+            const int count = left < grid.steps - first ? static_cast<int>(left) : grid.steps - first;
+            std::int64_t first_m, first_n, M = grid.M, N = grid.N;
+            grid.origin(tile, first_m, first_n);
             Accumulators acc{};
-            multiply(p, acc, first_m, first_n, step - start, static_cast<int>(end - step));
-            std::int64_t M = p.grid.M, N = p.grid.N;
-            if (p.grid.split()) {
+            multiply(p, acc, first_m, first_n, first, count);
+            if (grid.split()) {
                 // From one part to the next either the tile or the block is the next one.
                 first_m = (block_index() + tile) * kBlockM;
                 first_n = 0;
@@ -144,8 +149,10 @@ struct Product {
                 N = kBlockN;
             }
             finish(p.epilogue, acc, first_m, first_n, M, N);
-            step = end;
             barrier();  // the tile's elements have left the shared memory that the next one's operands enter
+            left -= count;
+            first = 0;
+            ++tile;
         }
     }
 
@@ -154,7 +161,7 @@ private:
     __device__ __forceinline__ static int warp_n() { return warp_index() / (kBlockM / kWarpM) * kWarpN; }
 
     __device__ __forceinline__ static void multiply(
-        const Params& p, Accumulators& acc, std::int64_t first_m, std::int64_t first_n, std::int64_t first_step,
+        const Params& p, Accumulators& acc, std::int64_t first_m, std::int64_t first_n, int first_step,
         int steps) {
         SharedArena arena;
         const Shared<T> tiles_a = arena.take<T>(kStages * TileA::kSize);
@@ -162,7 +169,7 @@ private:
         const auto tile_a = [&](int stage) { return TileA{tiles_a.slice(stage * TileA::kSize, TileA::kSize)}; };
         const auto tile_b = [&](int stage) { return TileB{tiles_b.slice(stage * TileB::kSize, TileB::kSize)}; };
 
-        const std::int64_t k = first_step * kBlockK;
+        const std::int64_t k = std::int64_t{first_step} * kBlockK;
         Fetch<T, TileA, kATransposed, kThreads> next_a(p.a, kATransposed ? k : first_m, kATransposed ? first_m : k);
         Fetch<T, TileB, !kBTransposed, kThreads> next_b(p.b, kBTransposed ? first_n : k, kBTransposed ? k : first_n);
         const auto fetch = [&](int stage, bool any) {
@@ -293,11 +300,11 @@ struct SumParts {
     static constexpr int kMaxSharedBytes = 0;
 
     __device__ static void run(const Params& p) {
-        const std::int64_t tile = block_index() / kSlices;
+        const int tile = static_cast<int>(block_index() / kSlices);
         const int row = static_cast<int>(block_index() % kSlices) * kRows + warp_index();
         const int column = lane_index() * 4;
-        const std::int64_t first = tile * p.grid.steps / p.grid.share;
-        const std::int64_t last = ((tile + 1) * p.grid.steps - 1) / p.grid.share;
+        const std::int64_t first = std::int64_t{tile} * p.grid.steps / p.grid.share;
+        const std::int64_t last = (std::int64_t{tile + 1} * p.grid.steps - 1) / p.grid.share;
         Vector<float, 4> sum{};
 #pragma unroll 4
         for (std::int64_t block = first; block <= last; ++block) {

@@ -19,7 +19,7 @@ std::pair<std::int64_t, std::int64_t> split_of_matmul(
     const std::int64_t waves = (tiles + slots - 1) / slots;
     // Splitting pays where a tenth of the chip would stand idle.
     if (K < kLongSum || 10 * tiles >= 9 * waves * slots) return {0, 0};
-    const std::int64_t most = tiles * whole.steps / kShortestShare;
+    const std::int64_t most = whole.all_steps() / kShortestShare;
     const std::int64_t blocks = slots < most ? slots : most;
     return {(blocks + tiles) * ProductGrid::kBlockM * ProductGrid::kBlockN, blocks};
 }
