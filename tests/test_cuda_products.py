@@ -28,7 +28,9 @@ BACKEND = "cuda" if DEVICE == "cuda" else "cuda_host"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAYOUTS = [("row", "row"), ("row", "column"), ("column", "row")]
 dtypes = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-layouts = pytest.mark.parametrize(("a_layout", "b_layout"), LAYOUTS, ids="-".join)
+layouts = pytest.mark.parametrize(
+    ("a_layout", "b_layout"), LAYOUTS, ids=["-".join(pair) for pair in LAYOUTS]
+)
 on_host = pytest.mark.skipif(DEVICE == "cuda", reason="only the CPU's version counts accesses")
 ORDERS = ["forward", "reversed", "shuffled"] if DEVICE == "cpu" else ["the chip's"]
 

@@ -18,6 +18,7 @@ from tests.cases import (
     backends_of,
     cast,
     check_parity,
+    inputs_for,
     linear_cross_entropy,
     on_backends,
     results,
@@ -120,9 +121,10 @@ def test_an_ignored_index_may_be_a_token(backend):
     targets = case.fused.keywords["targets"]
     targets[::2] = 0
     other = targets.where(targets != 0, -100)
+    inputs = inputs_for(backend, case)
     with use_backend(backend):
-        actual = results(partial(case.fused, ignore_index=0), case.inputs)
-        expected = results(partial(case.fused, targets=other), case.inputs)
+        actual = results(partial(case.fused, ignore_index=0), inputs)
+        expected = results(partial(case.fused, targets=other), inputs)
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
@@ -134,9 +136,10 @@ def test_targets_and_weights_of_any_stride(backend):
         name: case.fused.keywords[name].repeat_interleave(2)[::2]
         for name in ("targets", "token_weight")
     }
+    inputs = inputs_for(backend, case)
     with use_backend(backend):
-        actual = results(partial(case.fused, **strided), case.inputs)
-        expected = results(case.fused, case.inputs)
+        actual = results(partial(case.fused, **strided), inputs)
+        expected = results(case.fused, inputs)
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 

@@ -42,16 +42,16 @@ def gelu_ffn_fwd(
         y, pre = gelu_ffn_fwd(padded(x)[:N], *weights, save_pre)
         return _first(y, N, C_out), _first(pre, N, F)
 
+    x = aligned(x)
     hidden = x.new_empty(N, F)
     pre = x.new_empty(hidden.shape if save_pre else 0)
     y = x.new_empty(N, C_out)
     if N > 0:
-        a, _ = operand(x)
         b, b_transposed = operand(w_fc)
         bias = aligned(b_fc[None])[0]
         launch(
             "gelu_product", x, DTYPE_CODES[x.dtype],
-            matrix(a), matrix(b), b_transposed, *bias_arguments(bias), matrix(hidden), view(pre),
+            matrix(x), matrix(b), b_transposed, *bias_arguments(bias), matrix(hidden), view(pre),
         )  # fmt: skip
         matmul(hidden, w_proj, y, bias=None if b_proj is None else aligned(b_proj[None])[0])
     return y, pre
@@ -72,6 +72,7 @@ def gelu_ffn_bwd(
         shapes = (N, C), (C, F), (F,), (F, C_out), (C_out,)
         return tuple(_first(g, *shape) for g, shape in zip(grads, shapes, strict=True))
 
+    dy, x, pre = map(aligned, (dy, x, pre))
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     need_dpre = need_x or need_w_fc
     dx = x.new_empty(x.shape if need_x else 0)
@@ -90,12 +91,11 @@ def gelu_ffn_bwd(
     if need_dpre or need_b_fc or need_w_proj:
         # Where only gelu(u) is needed, a product without terms leaves just the epilogue.
         terms = C_out if need_dpre or need_b_fc else 0
-        a, _ = operand(dy)
         b, b_transposed = operand(w_proj.t())
         launch(
             "dgelu_product", dy, DTYPE_CODES[dy.dtype],
-            matrix(a[:, :terms]), matrix(b), b_transposed,
-            matrix(aligned(pre)), view(dpre), view(hidden), view(partial_db),
+            matrix(dy[:, :terms]), matrix(b), b_transposed,
+            matrix(pre), view(dpre), view(hidden), view(partial_db),
         )  # fmt: skip
     if need_b_fc:
         db_fc = column_sums(partial_db)
@@ -115,5 +115,5 @@ def _needs_padding(w_fc: Tensor, w_proj: Tensor) -> bool:
 
 
 def _first(x: Tensor, *sizes: int) -> Tensor:
-    """The first of x along each axis, contiguous; x itself if it has no elements."""
-    return x[tuple(map(slice, sizes))].contiguous() if x.numel() > 0 else x
+    """The first of x along each axis, contiguous; x itself if it stands for what is not needed."""
+    return x[tuple(map(slice, sizes))].contiguous() if x.dim() == len(sizes) else x

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, view
-from gpt1_kernels.backends.cuda.matmul import DTYPES, VECTOR, matmul, padded
+from gpt1_kernels.backends.cuda.matmul import DTYPES, VECTOR, aligned, matmul, padded
 from gpt1_kernels.backends.portable.ids import check_ids
 from gpt1_kernels.errors import error_record
 
@@ -88,6 +88,7 @@ def _by_chunks(
             g[:, :C].contiguous() if need else g for g, need in zip(grads, needs, strict=True)
         )
 
+    h, w = aligned(h), aligned(w)
     need_h, need_w = needs
     targets = targets.contiguous()
     weight = None if weight is None else weight.contiguous()
