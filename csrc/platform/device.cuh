@@ -32,6 +32,19 @@ struct Pair {
     float low, high;
 };
 
+template <class To, class From>
+__device__ __forceinline__ To same_bits(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+/// N elements of type T in registers, as what CUDA loads and stores with one instruction.
+template <class T, int N>
+using WordsOf = std::conditional_t<N * sizeof(T) == 16, uint4,
+                                   std::conditional_t<N * sizeof(T) == 8, uint2, std::uint32_t>>;
+
 // --- indices ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int thread_index() { return threadIdx.x; }
@@ -82,15 +95,18 @@ public:
     template <int N>
     __device__ __forceinline__ Vector<std::remove_const_t<T>, N> load_vector(
         std::int64_t i, bool mask = true, Site = Site::current()) const {
-        Vector<std::remove_const_t<T>, N> value{};
-        if (mask) value = *reinterpret_cast<const Vector<std::remove_const_t<T>, N>*>(data_ + i);
-        return value;
+        // As words: of a vector of 2-byte elements, the compiler would give each a register of its own
+        // where the masked-out zeros come in, and so wait for the load right there.
+        WordsOf<T, N> words{};
+        if (mask) words = *reinterpret_cast<const WordsOf<T, N>*>(data_ + i);
+        return same_bits<Vector<std::remove_const_t<T>, N>>(words);
     }
 
     template <int N>
     __device__ __forceinline__ void store_vector(
         std::int64_t i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
-        if (mask) *reinterpret_cast<Vector<T, N>*>(data_ + i) = value;
+        // An assignment may become as many stores as there are words; the intrinsic is one, written back as usual.
+        if (mask) __stwb(reinterpret_cast<WordsOf<T, N>*>(data_ + i), same_bits<WordsOf<T, N>>(value));
     }
 
     __device__ __forceinline__ T* address(std::int64_t i) const { return data_ + i; }
@@ -114,15 +130,15 @@ public:
 
     template <int N>
     __device__ __forceinline__ Vector<T, N> load_vector(int i, bool mask = true, Site = Site::current()) const {
-        Vector<T, N> value{};
-        if (mask) value = *reinterpret_cast<const Vector<T, N>*>(data_ + i);
-        return value;
+        WordsOf<T, N> words{};
+        if (mask) words = *reinterpret_cast<const WordsOf<T, N>*>(data_ + i);
+        return same_bits<Vector<T, N>>(words);
     }
 
     template <int N>
     __device__ __forceinline__ void store_vector(
         int i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
-        if (mask) *reinterpret_cast<Vector<T, N>*>(data_ + i) = value;
+        if (mask) *reinterpret_cast<WordsOf<T, N>*>(data_ + i) = same_bits<WordsOf<T, N>>(value);
     }
 
     /// The `count` elements from `first` on.
@@ -190,14 +206,6 @@ __device__ __forceinline__ T from_float(float x) {
     if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
     else if constexpr (std::is_same_v<T, fp16>) return __float2half_rn(x);
     else return x;
-}
-
-template <class To, class From>
-__device__ __forceinline__ To same_bits(const From& from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    memcpy(&to, &from, sizeof(To));
-    return to;
 }
 
 /// Two elements of 2 bytes in a register, `low` first in memory.
