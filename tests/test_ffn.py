@@ -47,23 +47,23 @@ def test_gpt1_width(case, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [("w_fc",), ("w_proj",), ("w_fc", "w_proj")], ids="+".join)
-@pytest.mark.parametrize("backend", backends_of("gelu_ffn"))
-def test_weights_of_linear_layers_are_read_through_t(backend, transposed, dtype):
+@on_backends([SMALL])
+def test_weights_of_linear_layers_are_read_through_t(case, backend, transposed, dtype):
     def fused(**inputs):
         for name in transposed:
             inputs[name] = column_major(inputs[name])
         return ops.gelu_ffn(**inputs)
 
-    check_parity(replace(SMALL, fused=fused), backend, dtype)
+    check_parity(replace(case, fused=fused), backend, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # to the right infinity
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 30.0])
-@pytest.mark.parametrize("backend", backends_of("gelu_ffn"))
-def test_gelu_keeps_its_digits_near_zero_and_where_it_saturates(backend, scale, dtype):
-    scaled = {k: x * scale if k in ("x", "b_fc") else x for k, x in SMALL.inputs.items()}
-    check_parity(replace(SMALL, inputs=scaled), backend, dtype)
+@on_backends([SMALL])
+def test_gelu_keeps_its_digits_near_zero_and_where_it_saturates(case, backend, scale, dtype):
+    scaled = {k: x * scale if k in ("x", "b_fc") else x for k, x in case.inputs.items()}
+    check_parity(replace(case, inputs=scaled), backend, dtype)
 
 
 @pytest.mark.parametrize("backend", backends_of("gelu_ffn"))

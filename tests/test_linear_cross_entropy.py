@@ -1,5 +1,6 @@
 """The head and the loss: chunks of rows, a vocabulary that fits no tile, what is not computed."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt1_kernels import check_errors, errors, use_backend
+from gpt1_kernels.backends import kernel
+from gpt1_kernels.backends.cuda import linear_cross_entropy as cuda
 from gpt1_kernels.backends.portable import linear_cross_entropy as portable
 from tests.cases import (
     DEVICE,
@@ -15,6 +18,7 @@ from tests.cases import (
     backends_of,
     cast,
     check_parity,
+    inputs_for,
     linear_cross_entropy,
     on_backends,
     results,
@@ -32,8 +36,9 @@ on_triton = pytest.mark.skipif(
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of one tile of rows (Triton: 64 in fp32, else 128), or of 100 (portable, V = 100)."""
+    """Chunks of one tile of rows (128; Triton: 64 in fp32), or of 100 (portable, V = 100)."""
     monkeypatch.setattr(portable, "CHUNK_BYTES", 4 * 100 * 100)
+    monkeypatch.setattr(cuda, "CHUNK_BYTES", 1)
     if "triton" in backends_of(OP):
         from gpt1_kernels.backends.triton import launch
 
@@ -117,9 +122,10 @@ def test_an_ignored_index_may_be_a_token(backend):
     targets = case.fused.keywords["targets"]
     targets[::2] = 0
     other = targets.where(targets != 0, -100)
+    inputs = inputs_for(backend, case)
     with use_backend(backend):
-        actual = results(partial(case.fused, ignore_index=0), case.inputs)
-        expected = results(partial(case.fused, targets=other), case.inputs)
+        actual = results(partial(case.fused, ignore_index=0), inputs)
+        expected = results(partial(case.fused, targets=other), inputs)
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
@@ -131,9 +137,10 @@ def test_targets_and_weights_of_any_stride(backend):
         name: case.fused.keywords[name].repeat_interleave(2)[::2]
         for name in ("targets", "token_weight")
     }
+    inputs = inputs_for(backend, case)
     with use_backend(backend):
-        actual = results(partial(case.fused, **strided), case.inputs)
-        expected = results(case.fused, case.inputs)
+        actual = results(partial(case.fused, **strided), inputs)
+        expected = results(case.fused, inputs)
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
@@ -157,18 +164,17 @@ def test_what_nobody_needs_is_not_computed(needed, products, reduction, small_ch
     assert launches["triton", "scale_gradients_kernel"] == scaled
 
 
-@on_triton
-def test_targets_out_of_range_are_recorded_by_the_kernel(monkeypatch):
+@pytest.mark.parametrize("backend", [name for name in backends_of(OP) if name != "portable"])
+def test_targets_out_of_range_are_recorded_by_the_kernel(backend, monkeypatch):
     """On a GPU nothing else looks at them; the first stays."""
-    from gpt1_kernels.backends.triton import linear_cross_entropy as kernels
-
-    monkeypatch.setattr(kernels, "check_ids", lambda *args: None)
+    forward = kernel(backend, OP, "linear_cross_entropy_fwd")
+    monkeypatch.setattr(sys.modules[forward.__module__], "check_ids", lambda *args: None)
     monkeypatch.setattr(errors, "_records", {})
-    h, w = torch.randn(9, 16, device=DEVICE), torch.randn(50, 16, device=DEVICE)
+    h, w = (torch.randn(n, 16, device=DEVICE).bfloat16() for n in (9, 50))
     targets = torch.tensor([1, -100, 0, 49, 2, 3, 4, 5, 6], device=DEVICE)
 
     def run():
-        return kernels.linear_cross_entropy_fwd(h, w, targets, None, -100, [True, True])
+        return forward(h, w, targets, None, -100, [True, True])
 
     expected = run()
     check_errors()

@@ -12,8 +12,9 @@ struct FragmentPairB {
 
 /// A row-major tile. The 16-byte chunks of a row are permuted with the row's number, so that neither
 /// a row nor eight chunks under each other fall into one bank.
-template <class T, int kRows, int kColumns>
+template <class T, int kTileRows, int kTileColumns>
 struct Tile {
+    static constexpr int kRows = kTileRows, kColumns = kTileColumns;
     static constexpr int kSize = kRows * kColumns;
     static constexpr int kChunks = kColumns / 8;
     static constexpr int kPermuted = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;

@@ -40,9 +40,10 @@ __device__ __forceinline__ To same_bits(const From& from) {
     return to;
 }
 
-/// N elements of type T in registers.
+/// N elements of type T in registers, as what CUDA loads and stores with one instruction.
 template <class T, int N>
-using WordsOf = Vector<std::uint32_t, N * sizeof(T) / 4>;
+using WordsOf = std::conditional_t<N * sizeof(T) == 16, uint4,
+                                   std::conditional_t<N * sizeof(T) == 8, uint2, std::uint32_t>>;
 
 // --- indices ---------------------------------------------------------------------------------------
 
@@ -104,7 +105,8 @@ public:
     template <int N>
     __device__ __forceinline__ void store_vector(
         std::int64_t i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
-        if (mask) *reinterpret_cast<WordsOf<T, N>*>(data_ + i) = same_bits<WordsOf<T, N>>(value);
+        // An assignment may become as many stores as there are words; the intrinsic is one, written back as usual.
+        if (mask) __stwb(reinterpret_cast<WordsOf<T, N>*>(data_ + i), same_bits<WordsOf<T, N>>(value));
     }
 
     __device__ __forceinline__ T* address(std::int64_t i) const { return data_ + i; }
@@ -128,15 +130,15 @@ public:
 
     template <int N>
     __device__ __forceinline__ Vector<T, N> load_vector(int i, bool mask = true, Site = Site::current()) const {
-        Vector<T, N> value{};
-        if (mask) value = *reinterpret_cast<const Vector<T, N>*>(data_ + i);
-        return value;
+        WordsOf<T, N> words{};
+        if (mask) words = *reinterpret_cast<const WordsOf<T, N>*>(data_ + i);
+        return same_bits<Vector<T, N>>(words);
     }
 
     template <int N>
     __device__ __forceinline__ void store_vector(
         int i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
-        if (mask) *reinterpret_cast<Vector<T, N>*>(data_ + i) = value;
+        if (mask) *reinterpret_cast<WordsOf<T, N>*>(data_ + i) = same_bits<WordsOf<T, N>>(value);
     }
 
     /// The `count` elements from `first` on.
@@ -170,9 +172,9 @@ template <class T>
 __device__ __forceinline__ void copy_async(
     const Shared<std::remove_const_t<T>>& to, int i, const Global<T>& from, std::int64_t j,
     bool mask = true, Site = Site::current()) {
-    // With a source size of 0 nothing is read, and 16 zero bytes are written.
+    // With a source size of 0 nothing is read, wherever the address is, and 16 zero bytes are written.
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to.address(i)),
-                 "l"(from.address(mask ? j : 0)), "r"(mask ? 16 : 0)
+                 "l"(from.address(j)), "r"(mask ? 16 : 0)
                  : "memory");
 }
 
@@ -229,7 +231,11 @@ __device__ __forceinline__ float fast_exp2(float x) {
     return y;
 }
 
-__device__ __forceinline__ float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // --- matrices --------------------------------------------------------------------------------------
 

@@ -318,9 +318,12 @@ void multiply(Slot* slots) {
         for (int i = 0; i < 4; ++i) c[row + i / 2 * 8][column + i % 2] = x.c.values[i];
     }
     for (int m = 0; m < 16; ++m) {
+        float row[8];  // which stays in registers, as c does not
+        std::copy_n(c[m], 8, row);
         for (int k = 0; k < 16; ++k) {
-            for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+            for (int n = 0; n < 8; ++n) row[n] += a[m][k] * b[k][n];
         }
+        std::copy_n(row, 8, c[m]);
     }
     for (int lane = 0; lane < kLanes; ++lane) {
         auto& out = taken<FragmentC>(slots[lane]);

@@ -1,0 +1,54 @@
+// Sums over rows, for the gradients of biases.
+#pragma once
+
+#include "platform/platform.cuh"
+
+namespace gpt1 {
+
+/// A block adds a run of rows, in eight accesses of 16 bytes to a row; a thread every 32nd row. The
+/// threads' shares are then added in order.
+template <class T>
+struct ColumnSums {
+    struct Params {
+        Global<const T> x;   // (rows, columns)
+        Global<float> sums;  // (ceil(rows / run), columns)
+        std::int64_t rows, columns, stride, run;
+        std::string shape() const { return shape_text("rows", rows, "columns", columns, "run", run); }
+    };
+    static constexpr int kWidth = kVector<T>, kLanes = 8, kColumns = kLanes * kWidth;
+    static constexpr const char* kName = "column_sums";
+    static constexpr int kThreads = 256, kRows = kThreads / kLanes;
+    static constexpr int kBlocksPerProcessor = 4;
+    static constexpr int kPlane = kThreads + 32 / kWidth;  // of one element of each thread, without bank conflicts
+    static constexpr int kMaxSharedBytes = kWidth * kPlane * sizeof(float);
+
+    __device__ static void run(const Params& p) {
+        const std::int64_t strips = (p.columns + kColumns - 1) / kColumns, index = block_index() / strips;
+        const std::int64_t first_column = block_index() % strips * kColumns;
+        const std::int64_t end = (index + 1) * p.run < p.rows ? (index + 1) * p.run : p.rows;
+        const int row = thread_index() / kLanes, column = thread_index() % kLanes * kWidth;
+        const bool inside = first_column + column < p.columns;
+        Vector<float, kWidth> sum{};
+#pragma unroll 8
+        for (std::int64_t r = index * p.run + row; r < end; r += kRows) {
+            const auto x = widen(p.x.template load_vector<kWidth>(r * p.stride + first_column + column, inside));
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) sum[i] += x[i];
+        }
+
+        SharedArena arena;
+        const Shared<float> shares = arena.take<float>(kWidth * kPlane);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) shares.store(i * kPlane + thread_index(), sum[i]);
+        barrier();
+        if (thread_index() >= kColumns) return;
+        const int place = thread_index() % kWidth * kPlane + thread_index() / kWidth;
+        float total = 0.0f;
+#pragma unroll 8
+        for (int i = 0; i < kRows; ++i) total += shares.load(place + i * kLanes);
+        const std::int64_t n = first_column + thread_index();
+        p.sums.store(index * p.columns + n, total, n < p.columns);
+    }
+};
+
+}  // namespace gpt1

@@ -1,0 +1,26 @@
+#pragma once
+
+#include "ffn/ffn_launch.cuh"
+#include "ffn/gelu_epilogue.cuh"
+#include "matmul/product_launch.cuh"
+
+namespace gpt1 {
+
+template <class T>
+void FfnLaunch<T>::gelu_product(const Matrix& a, const Matrix& b, bool b_transposed, Array bias, int bias_dtype,
+                                const Matrix& hidden, Array pre, Stream stream) {
+    const auto& [array, M, N, stride] = hidden;
+    const typename Gelu<T>::Params epilogue{Global<T>(array), Global<T>(pre), stride, Bias<T>(bias, bias_dtype)};
+    launch_product<T, Gelu<T>>(a, b, b_transposed, ProductGrid(M, N, std::get<2>(a), 0), epilogue, stream);
+}
+
+template <class T>
+void FfnLaunch<T>::dgelu_product(const Matrix& a, const Matrix& b, bool b_transposed, const Matrix& pre,
+                                 Array dpre, Array hidden, Array partial_db, Stream stream) {
+    const auto& [array, M, N, stride] = pre;
+    const typename Dgelu<T>::Params epilogue{Global<const T>(array), Global<T>(dpre), Global<T>(hidden),
+                                             Global<float>(partial_db), stride};
+    launch_product<T, Dgelu<T>>(a, b, b_transposed, ProductGrid(M, N, std::get<2>(a), 0), epilogue, stream);
+}
+
+}  // namespace gpt1

@@ -1,0 +1,22 @@
+#pragma once
+
+#include "matmul/matrix.h"
+
+namespace gpt1 {
+
+/// Of how many elements the fp32 workspace of `matmul` is, and how many blocks share the sums; (0, 0)
+/// where each block has a tile of its own.
+std::pair<std::int64_t, std::int64_t> split_of_matmul(std::int64_t M, std::int64_t N, std::int64_t K, int device);
+
+/// out = scale · a b + bias, or out += scale · a b.
+void matmul(int dtype,
+            Matrix a, bool a_transposed,  // (M, K), or stored as (K, M)
+            Matrix b, bool b_transposed,  // (K, N), or stored as (N, K)
+            Matrix out, int out_dtype,    // (M, N), that of the operands or fp32
+            Array bias, int bias_dtype,   // (N,), that of the operands or fp32; may be absent
+            Array scale,                  // (), fp32; may be absent
+            bool accumulate,              // into an fp32 out
+            Array parts, std::int64_t blocks,  // of split_of_matmul
+            Stream stream);
+
+}  // namespace gpt1

@@ -1,0 +1,3 @@
+#include "matmul/matmul_products.cuh"
+
+template struct gpt1::MatmulLaunch<gpt1::bf16>;

@@ -1,0 +1,36 @@
+#include "matmul/matmul_launch.cuh"
+
+#include "common/product.cuh"
+
+namespace gpt1 {
+
+namespace {
+
+constexpr std::int64_t kBlocksPerProcessor = 2;  // of Product
+constexpr std::int64_t kLongSum = 4096;       // the parts of shorter ones would weigh too much
+constexpr std::int64_t kShortestShare = 16;   // steps of a block, at the least
+
+}  // namespace
+
+std::pair<std::int64_t, std::int64_t> split_of_matmul(
+    std::int64_t M, std::int64_t N, std::int64_t K, int device) {
+    const ProductGrid whole(M, N, K, 0);
+    const std::int64_t slots = kBlocksPerProcessor * processors(device), tiles = whole.tiles();
+    const std::int64_t waves = (tiles + slots - 1) / slots;
+    // Splitting pays where a tenth of the chip would stand idle.
+    if (K < kLongSum || 10 * tiles >= 9 * waves * slots) return {0, 0};
+    const std::int64_t most = whole.all_steps() / kShortestShare;
+    const std::int64_t blocks = slots < most ? slots : most;
+    return {(blocks + tiles) * ProductGrid::kBlockM * ProductGrid::kBlockN, blocks};
+}
+
+void matmul(int dtype, Matrix a, bool a_transposed, Matrix b, bool b_transposed, Matrix out, int out_dtype,
+            Array bias, int bias_dtype, Array scale, bool accumulate, Array parts, std::int64_t blocks,
+            Stream stream) {
+    dispatch_narrow(dtype, [&](auto element) {
+        MatmulLaunch<decltype(element)>::start(a, a_transposed, b, b_transposed, out, out_dtype, bias, bias_dtype,
+                                               scale, accumulate, parts, blocks, stream);
+    });
+}
+
+}  // namespace gpt1

@@ -1,0 +1,43 @@
+#pragma once
+
+#include "matmul/matmul_launch.cuh"
+#include "matmul/product_launch.cuh"
+#include "matmul/store.cuh"
+
+namespace gpt1 {
+
+template <class T>
+void MatmulLaunch<T>::start(
+    const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const Matrix& out, int out_dtype,
+    Array bias, int bias_dtype, Array scale, bool accumulate, Array parts, std::int64_t blocks, Stream stream) {
+    const auto& [array, M, N, stride] = out;
+    const ProductGrid grid(M, N, a_transposed ? std::get<1>(a) : std::get<2>(a), blocks);
+
+    const auto multiply = [&]<class Out>(const typename Store<Out, T>::Params& epilogue) {
+        if (a_transposed) launch_product<T, Store<Out, T>, true>(a, b, b_transposed, grid, epilogue, stream);
+        else launch_product<T, Store<Out, T>>(a, b, b_transposed, grid, epilogue, stream);
+    };
+    const auto finish = [&]<class Out>() {
+        const auto params = [&]<int kWidth>() {
+            return typename Store<Out, T, kWidth>::Params{
+                Global<Out>(std::get<0>(out)), std::get<3>(out), Bias<T>(bias, bias_dtype),
+                Global<const float>(scale), accumulate};
+        };
+        if (grid.split()) {
+            using Kernel = SumParts<Store<Out, T, 4>>;
+            typename Kernel::Params p{Global<const float>(parts), grid, params.template operator()<4>()};
+            launch<Kernel>(grid.tiles() * Kernel::kSlices, 0, stream, p);
+        } else {
+            multiply.template operator()<Out>(params.template operator()<kVector<Out>>());
+        }
+    };
+    if (grid.split()) {
+        typename Store<float, T>::Params epilogue{};
+        epilogue.out = Global<float>(parts);
+        epilogue.stride = ProductGrid::kBlockN;
+        multiply.template operator()<float>(epilogue);
+    }
+    out_dtype == kFloat32 ? finish.template operator()<float>() : finish.template operator()<T>();
+}
+
+}  // namespace gpt1

@@ -1,0 +1,12 @@
+#pragma once
+
+#include <tuple>
+
+#include "platform/types.h"
+
+namespace gpt1 {
+
+/// A matrix as it lies in memory: its array, rows, columns (a multiple of 8), and the rows' stride.
+using Matrix = std::tuple<Array, std::int64_t, std::int64_t, std::int64_t>;
+
+}  // namespace gpt1

@@ -1,0 +1,119 @@
+"""The feed-forward network: six products, with GELU, biases and dGELU in their epilogues.
+
+As in backends/triton/ffn.py, forward keeps the pre-activation u and lets go of gelu(u), which the
+epilogue of dy W₂ᵀ writes once more for dW₂. csrc/ffn/ has the epilogues.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, view
+from gpt1_kernels.backends.cuda.matmul import (
+    DTYPES,
+    VECTOR,
+    aligned,
+    bias_arguments,
+    column_sums,
+    matmul,
+    matrix,
+    operand,
+    padded,
+)
+
+__all__ = ["DTYPES", "gelu_ffn_bwd", "gelu_ffn_fwd"]
+
+SUMMED_ROWS = 64
+"""The rows of du that the epilogue adds up, for the gradient of the bias."""
+
+
+def gelu_ffn_fwd(
+    x: Tensor,  # (N, C)
+    w_fc: Tensor,  # (C, F)
+    b_fc: Tensor,  # (F,)
+    w_proj: Tensor,  # (F, C')
+    b_proj: Tensor | None,  # (C',)
+    save_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    N, (F, C_out) = len(x), w_proj.shape
+    if _needs_padding(w_fc, w_proj):
+        weights = map(padded, (w_fc, b_fc, w_proj, b_proj))
+        y, pre = gelu_ffn_fwd(padded(x)[:N], *weights, save_pre)
+        return _first(y, N, C_out), _first(pre, N, F)
+
+    x = aligned(x)
+    hidden = x.new_empty(N, F)
+    pre = x.new_empty(hidden.shape if save_pre else 0)
+    y = x.new_empty(N, C_out)
+    if N > 0:
+        b, b_transposed = operand(w_fc)
+        bias = aligned(b_fc[None])[0]
+        launch(
+            "gelu_product", x, DTYPE_CODES[x.dtype],
+            matrix(x), matrix(b), b_transposed, *bias_arguments(bias), matrix(hidden), view(pre),
+        )  # fmt: skip
+        matmul(hidden, w_proj, y, bias=None if b_proj is None else aligned(b_proj[None])[0])
+    return y, pre
+
+
+def gelu_ffn_bwd(
+    dy: Tensor,  # (N, C')
+    x: Tensor,  # (N, C)
+    pre: Tensor,  # (N, F)
+    w_fc: Tensor,  # (C, F)
+    w_proj: Tensor,  # (F, C')
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    N, (C, F), C_out = len(x), w_fc.shape, w_proj.shape[1]
+    if _needs_padding(w_fc, w_proj):
+        rows = (padded(t)[:N] for t in (dy, x, pre))
+        grads = gelu_ffn_bwd(*rows, padded(w_fc), padded(w_proj), needs)
+        shapes = (N, C), (C, F), (F,), (F, C_out), (C_out,)
+        return tuple(_first(g, *shape) for g, shape in zip(grads, shapes, strict=True))
+
+    dy, x, pre = map(aligned, (dy, x, pre))
+    need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
+    need_dpre = need_x or need_w_fc
+    dx = x.new_empty(x.shape if need_x else 0)
+    dw_fc = w_fc.new_empty(w_fc.shape if need_w_fc else 0)
+    db_fc = pre.new_empty(F if need_b_fc else 0, dtype=torch.float32)
+    dw_proj = w_proj.new_empty(w_proj.shape if need_w_proj else 0)
+    db_proj = dy.new_empty(C_out if need_b_proj else 0, dtype=torch.float32)
+    if N == 0:
+        return dx, dw_fc.zero_(), db_fc.zero_(), dw_proj.zero_(), db_proj.zero_()
+
+    dpre = torch.empty_like(pre) if need_dpre else None
+    hidden = torch.empty_like(pre) if need_w_proj else None
+    partial_db = None
+    if need_b_fc:
+        partial_db = pre.new_empty(-(-N // SUMMED_ROWS), F, dtype=torch.float32)
+    if need_dpre or need_b_fc or need_w_proj:
+        # Where only gelu(u) is needed, a product without terms leaves just the epilogue.
+        terms = C_out if need_dpre or need_b_fc else 0
+        b, b_transposed = operand(w_proj.t())
+        launch(
+            "dgelu_product", dy, DTYPE_CODES[dy.dtype],
+            matrix(dy[:, :terms]), matrix(b), b_transposed,
+            matrix(pre), view(dpre), view(hidden), view(partial_db),
+        )  # fmt: skip
+    if need_b_fc:
+        db_fc = column_sums(partial_db)
+    if need_w_proj:
+        matmul(hidden.t(), dy, dw_proj)
+    if need_w_fc:
+        matmul(x.t(), dpre, dw_fc)
+    if need_x:
+        matmul(dpre, w_fc.t(), dx)
+    if need_b_proj:
+        db_proj = column_sums(dy)
+    return dx, dw_fc, db_fc, dw_proj, db_proj
+
+
+def _needs_padding(w_fc: Tensor, w_proj: Tensor) -> bool:
+    return any(size % VECTOR != 0 for size in (*w_fc.shape, w_proj.shape[1]))
+
+
+def _first(x: Tensor, *sizes: int) -> Tensor:
+    """The first of x along each axis, contiguous; x itself if it stands for what is not needed."""
+    return x[tuple(map(slice, sizes))].contiguous() if x.dim() == len(sizes) else x

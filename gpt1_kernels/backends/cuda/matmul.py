@@ -1,0 +1,97 @@
+"""Launchers of products and of sums over rows; csrc/common/product.cuh has the kernel.
+
+A product reads and writes 16 bytes at a time: its matrices have a multiple of 8 columns, which
+the ops see to, and rows aligned to 16 bytes, for which an operand is copied once if need be.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, module, view
+
+DTYPES = (torch.bfloat16, torch.float16)
+VECTOR = 8  # elements in 16 bytes
+RUN = 512
+"""Rows that a block adds up: few enough to occupy every processor."""
+
+
+def matmul(
+    a: Tensor,  # (M, K)
+    b: Tensor,  # (K, N)
+    out: Tensor,  # (M, N)
+    *,
+    bias: Tensor | None = None,  # (N,)
+    scale: Tensor | None = None,  # ()
+    accumulate: bool = False,
+) -> None:
+    """out = scale · a b + bias, or out += scale · a b.
+
+    Args:
+        a: bf16 or fp16, either axis contiguous. K is its own: where b has fewer rows, the columns
+            beyond them are zeros.
+        b: the dtype of a, either axis contiguous. Beyond its columns the product is 0.
+        out: row-major, the dtype of a or fp32; fp32 if it accumulates.
+        bias: the dtype of a or fp32, contiguous and aligned.
+        scale: fp32.
+    """
+    (M, N), K = out.shape, a.shape[1]
+    a_stored, a_transposed = operand(a)
+    b_stored, b_transposed = operand(b)
+    elements, blocks = _split(M, N, K, a.get_device())
+    parts = None if blocks == 0 else a.new_empty(elements, dtype=torch.float32)
+    launch(
+        "matmul", a, DTYPE_CODES[a.dtype],
+        matrix(a_stored), a_transposed, matrix(b_stored), b_transposed,
+        matrix(out), DTYPE_CODES[out.dtype], *bias_arguments(bias), view(scale), accumulate,
+        view(parts), blocks,
+    )  # fmt: skip
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """fp32 (C,), the sums over the rows of x (R, C), which is row-major; in a fixed order."""
+    x = aligned(x)
+    while True:
+        runs = -(-x.shape[0] // RUN)
+        sums = x.new_empty(runs, x.shape[1], dtype=torch.float32)
+        launch("column_sums", x, DTYPE_CODES[x.dtype], matrix(x), view(sums), RUN)
+        if runs == 1:
+            return sums[0]
+        x = sums
+
+
+def operand(x: Tensor) -> tuple[Tensor, bool]:
+    """A product's operand as rows that are aligned, and whether these are its transpose's."""
+    transposed = x.stride(0) == 1 and (x.stride(1) != 1 or x.shape[1] == 1)
+    return aligned(x.t() if transposed else x), transposed
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The matrix if its rows are contiguous and start at multiples of 16 bytes, else a copy."""
+    starts = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if starts and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def padded(x: Tensor | None) -> Tensor | None:
+    """x with zeros behind it, up to a multiple of 8 along each axis."""
+    return None if x is None else pad(x, [n for s in reversed(x.shape) for n in (0, -s % VECTOR)])
+
+
+def matrix(x: Tensor) -> tuple[tuple[int, int], int, int, int]:
+    """What the extension takes for a row-major matrix."""
+    return view(x), *x.shape, x.stride(0)
+
+
+def bias_arguments(bias: Tensor | None) -> tuple[tuple[int, int], int]:
+    """What the extension takes for a bias."""
+    return view(bias), DTYPE_CODES[torch.float32 if bias is None else bias.dtype]
+
+
+@cache
+def _split(M: int, N: int, K: int, index: int) -> tuple[int, int]:
+    """The fp32 elements of the workspace of split sums, and how many blocks share them; or 0, 0."""
+    return module("cuda_host" if index < 0 else "cuda").split_of_matmul(M, N, K, index)
