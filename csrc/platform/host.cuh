@@ -243,6 +243,14 @@ void copy_async(const Shared<std::remove_const_t<T>>& to, std::int64_t i, const 
     host::start_copy(to.access(host::Kind::kWrite, i, count, true), mask ? from.address(j) : nullptr, site);
 }
 
+template <class T>
+void copy_async_word(const Shared<std::remove_const_t<T>>& to, std::int64_t i, const Global<T>& from,
+                     std::int64_t j, bool mask = true, Site site = Site::current()) {
+    static_assert(sizeof(T) == 4);
+    host::check(from.access(host::Kind::kRead, j, 1, mask), site);
+    host::start_copy(to.access(host::Kind::kWrite, i, 1, true), mask ? from.address(j) : nullptr, site);
+}
+
 inline void copy_async_commit() { host::commit_copies(); }
 
 template <int kOpenGroups>

@@ -272,10 +272,10 @@ void start_copy(const Access& to, const void* from, const Site& site) {
     check(to, site);
     Copies& copies = copies_of_threads[thread->index];
     Copy copy{to, {}, copies.groups};
-    if (from != nullptr) std::memcpy(copy.bytes.data(), from, 16);
+    if (from != nullptr) std::memcpy(copy.bytes.data(), from, to.bytes());
     copies.open.push_back(copy);
-    std::memset(reinterpret_cast<void*>(to.address()), 0xff, 16);
-    for (int byte = 0; byte < 16; byte += kCellBytes) {
+    std::memset(reinterpret_cast<void*>(to.address()), 0xff, to.bytes());
+    for (int byte = 0; byte < to.bytes(); byte += kCellBytes) {
         cells_at(Space::kShared, to.address() + byte)->write.pending = 1;
     }
 }
@@ -286,11 +286,11 @@ void wait_for_copies(int open_groups, const Site& site) {
     Copies& copies = copies_of_threads[thread->index];
     while (!copies.open.empty() && copies.open.front().group < copies.groups - open_groups) {
         const Copy& copy = copies.open.front();
-        for (int byte = 0; byte < 16; byte += kCellBytes) {
+        for (int byte = 0; byte < copy.to.bytes(); byte += kCellBytes) {
             cells_at(Space::kShared, copy.to.address() + byte)->write.pending = 0;
         }
         check_conflicts(copy.to, site);  // it lands now at the latest
-        std::memcpy(reinterpret_cast<void*>(copy.to.address()), copy.bytes.data(), 16);
+        std::memcpy(reinterpret_cast<void*>(copy.to.address()), copy.bytes.data(), copy.to.bytes());
         copies.open.pop_front();
     }
 }

@@ -1,0 +1,230 @@
+// Backward of causal attention with respect to the queries.
+#pragma once
+
+#include "attention/attention_common.cuh"
+#include "common/reduce.cuh"
+
+namespace gpt1 {
+
+/// A block owns a head's tile of queries, and walks over the keys that they see; a warp owns 16 of the
+/// queries. It stores delta, which the kernel over keys reads, and dQ.
+template <class T, int kD>
+struct AttentionBackwardDq {
+    struct Params : AttentionProblem {
+        Heads<const T> dout, q;    // (B, Tq, H, D)
+        Heads<const T> k, v;       // (B, Tk, H, D)
+        Heads<const T> o;          // (B, Tq, H, D)
+        Global<const float> lse;   // (B, H, Tq)
+        Global<float> delta;       // (B, H, Tq)
+        Heads<T> dq;               // (B, Tq, H, D), or absent
+    };
+    static constexpr const char* kName = "causal_attention_bwd_dq";
+    static constexpr int kWarps = kD <= 64 ? 8 : 4;
+    static constexpr int kThreads = kWarps * 32;
+    static constexpr int kBlocksPerProcessor = 2;
+    static constexpr int kQueries = kWarps * 16;
+    static constexpr int kKeys = kD <= 64 ? 64 : 32;
+    static constexpr int kChunk = 32;
+    static constexpr int kStages = 2;
+
+    using QTile = Tile<T, kQueries, kD>;
+    using KTile = Tile<T, kKeys, kD>;
+    using Bits = KeepBits<kQueries, kThreads>;
+    static constexpr int kMaxSharedBytes =
+        2 * (QTile::kSize + kStages * KTile::kSize) * static_cast<int>(sizeof(T)) + Bits::kSize * 4 +
+        kQueries * 4;
+
+    __device__ static void run(const Params& p) {
+        const std::int64_t tiles = (p.Tq + kQueries - 1) / kQueries;
+        const AttentionHead head(p, block_index() / tiles);
+        const int start_m = static_cast<int>(tiles - 1 - block_index() % tiles) * kQueries;  // longest first
+        const int start = head.first_key / kKeys * kKeys;
+        const int first_chunk = head.first_key / kChunk * kChunk;
+        // Without dQ, delta is all there is to do: see below.
+        const int end = min(p.dq ? start_m + kQueries + head.past : first_chunk + kChunk, p.Tk);
+
+        SharedArena arena;
+        const QTile q{arena.take<T>(QTile::kSize)}, dout{arena.take<T>(QTile::kSize)};
+        const Shared<T> k_stages = arena.take<T>(kStages * KTile::kSize);
+        const Shared<T> v_stages = arena.take<T>(kStages * KTile::kSize);
+        const Bits bits{arena.take<std::uint32_t>(Bits::kSize)};
+        const Shared<float> row_sums = arena.take<float>(kQueries);
+        const auto stage = [](const Shared<T>& stages, int start_n) {
+            return KTile{stages.slice(start_n / kKeys % kStages * KTile::kSize, KTile::kSize)};
+        };
+        const auto fetch = [&](int start_n) {
+            const int rows = p.Tk - start_n, first_row = head.first_key - start_n;
+            stage(k_stages, start_n).template fetch<kThreads>(
+                p.k.x, head.offset(p.k) + start_n * p.k.stride_t, p.k.stride_t, rows, p.D, first_row);
+            stage(v_stages, start_n).template fetch<kThreads>(
+                p.v.x, head.offset(p.v) + start_n * p.v.stride_t, p.v.stride_t, rows, p.D, first_row);
+            bits.fetch(p, head, start_m, start_n, start_n == start);
+        };
+
+        const int rows = p.Tq - start_m, first_row = head.first_query - start_m;
+        q.template fetch<kThreads>(p.q.x, head.offset(p.q) + start_m * p.q.stride_t, p.q.stride_t, rows, p.D,
+                                   first_row);
+        dout.template fetch<kThreads>(p.dout.x, head.offset(p.dout) + start_m * p.dout.stride_t,
+                                      p.dout.stride_t, rows, p.D, first_row);
+        copy_async_commit();
+        if (start < end) fetch(start);
+        copy_async_commit();
+        copy_async_wait<1>();
+        barrier();
+        add_up_rows(p, head, dout, row_sums, start_m);
+
+        const int row = warp_index() * 16 + fragment_row();
+        float lse[2], delta[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int query = start_m + row + half * 8;
+            // Rows that do not exist or are padding have q = dO = delta = 0: any finite lse does.
+            lse[half] = p.lse.load(head.first_row + query, query >= head.first_query && query < p.Tq) * kLog2E;
+            delta[half] = row_sums.load(row + half * 8);
+        }
+
+        FragmentC dq[kD / 8] = {};
+        for (int start_n = start; start_n < end; start_n += kKeys) {
+            copy_async_wait<0>();
+            barrier();  // the tile is there for all, and all are done with the one before
+            if (start_n + kKeys < end) fetch(start_n + kKeys);
+            copy_async_commit();
+            const KTile k = stage(k_stages, start_n), v = stage(v_stages, start_n);
+#pragma unroll 1
+            for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
+                const int key = start_n + chunk;
+                if (key < first_chunk || key > start_m + warp_index() * 16 + 15 + head.past) continue;
+                FragmentC ds[kChunk / 8] = {}, dp[kChunk / 8] = {};
+                multiply(q, k, chunk, ds);
+                multiply(dout, v, chunk, dp);
+                probabilities(p, head, bits, start_m, key, lse, ds, dp);
+                if (key == first_chunk) settle_few_keys(head, start_m + row, key, ds, dp, delta);
+                if (!p.dq) continue;
+#pragma unroll
+                for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) ds[n].values[i] *= dp[n].values[i] - delta[i / 2];
+                }
+#pragma unroll
+                for (int n = 0; n < kChunk / 16; ++n) {
+                    const FragmentA left = as_left<T>(ds[2 * n], ds[2 * n + 1]);
+#pragma unroll
+                    for (int d = 0; d < kD; d += 16) {
+                        const FragmentPairB right = k.b(chunk + n * 16, d);
+                        mma<T>(dq[d / 8], left, right.left);
+                        mma<T>(dq[d / 8 + 1], left, right.right);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int query = start_m + row + half * 8;
+            p.delta.store(head.first_row + query, delta[half], lane_index() % 4 == 0 && query < p.Tq);
+        }
+        if (p.dq) {  // by way of q's rows, of which none is another warp's
+            store_strip(q, warp_index() * 16, dq, p.scale, p.scale, p.dq, head, start_m, p.Tq, p.D);
+        }
+    }
+
+private:
+    /// The sums of dO ∘ O over the rows of the warp.
+    __device__ __forceinline__ static void add_up_rows(const Params& p, const AttentionHead& head,
+                                                       const QTile& dout, const Shared<float>& row_sums,
+                                                       int start_m) {
+        constexpr int kLanes = kD <= 32 ? 4 : kD <= 64 ? 8 : 16;  // of a row
+        const int column = lane_index() % kLanes * 8;
+#pragma unroll
+        for (int start = 0; start < 16; start += 32 / kLanes) {
+            const int row = warp_index() * 16 + start + lane_index() / kLanes, query = start_m + row;
+            const bool mask = column < p.D && query >= head.first_query && query < p.Tq;
+            const Vector<float, 8> o = widen<T>(p.o.x.template load_vector<8>(
+                head.offset(p.o) + query * p.o.stride_t + column, mask));
+            const Vector<float, 8> x =
+                widen<T>(dout.memory.template load_vector<8>(mask ? dout.offset(row, column) : 0, mask));
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum += o[i] * x[i];
+            row_sums.store(row, warp_sum<kLanes>(sum), column == 0);
+        }
+        warp_barrier();
+    }
+
+    /// s (16, kChunk) += x yᵀ, of the warp's rows of x and those from `chunk` on of y.
+    __device__ __forceinline__ static void multiply(const QTile& x, const KTile& y, int chunk,
+                                                    FragmentC (&s)[kChunk / 8]) {
+#pragma unroll
+        for (int d = 0; d < kD; d += 16) {
+            const FragmentA left = x.a(warp_index() * 16, d);
+#pragma unroll
+            for (int n = 0; n < kChunk / 16; ++n) {
+                const FragmentPairB right = y.b_transposed(d, chunk + n * 16);
+                mma<T>(s[2 * n], left, right.left);
+                mma<T>(s[2 * n + 1], left, right.right);
+            }
+        }
+    }
+
+    /// Turns scores into P, and dO Vᵀ into dP.
+    __device__ __forceinline__ static void probabilities(const Params& p, const AttentionHead& head,
+                                                         const Bits& bits, int start_m, int key,
+                                                         const float (&lse)[2], FragmentC (&s)[kChunk / 8],
+                                                         FragmentC (&dp)[kChunk / 8]) {
+        const float log2_scale = p.scale * kLog2E;
+        const int first_position = start_m + warp_index() * 16 + head.past;
+        const bool masked = key + kChunk - 1 > first_position || key < head.first_key;
+        std::uint32_t words[2] = {~0u, ~0u};
+        if (p.keep_bits) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                words[half] = bits.word(warp_index() * 16 + fragment_row() + half * 8, key) >> fragment_column();
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                s[n].values[i] = fast_exp2(s[n].values[i] * log2_scale - lse[i / 2]);
+                const bool keep = words[i / 2] >> (n * 8 + i % 2) & 1;
+                dp[n].values[i] = keep ? dp[n].values[i] * p.keep_scale : 0.0f;
+            }
+        }
+        if (!masked) return;
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int position = first_position + fragment_row() + i / 2 * 8;
+                const int this_key = key + n * 8 + fragment_column() + i % 2;
+                if (this_key > position || this_key < head.first_key) s[n].values[i] = 0.0f;
+            }
+        }
+    }
+
+    /// In a row that sees next to nothing the rounding of O would be most of dS. Where all its keys are
+    /// here, delta is the mean of dP under P, which is exact where there is but one.
+    __device__ __forceinline__ static void settle_few_keys(const AttentionHead& head, int query, int key,
+                                                           const FragmentC (&prob)[kChunk / 8],
+                                                           const FragmentC (&dp)[kChunk / 8],
+                                                           float (&delta)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float sum = 0.0f, total = 0.0f;
+#pragma unroll
+            for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                    sum += prob[n].values[i] * dp[n].values[i];
+                    total += prob[n].values[i];
+                }
+            }
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            total += shuffle_xor(total, 1);
+            total += shuffle_xor(total, 2);
+            if (query + half * 8 + head.past < key + kChunk) delta[half] = total == 0.0f ? 0.0f : sum / total;
+        }
+    }
+};
+
+}  // namespace gpt1
