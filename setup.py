@@ -1,6 +1,12 @@
-"""Package metadata. The optional CUDA extension will be declared here and nowhere else."""
+"""Package metadata and the optional CUDA extension, which csrc/build.py builds."""
+
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+sys.path.insert(0, str(Path(__file__).parent))  # which a build under PEP 517 does not do
+from csrc.build import BuildWithNinja, extension_modules
 
 setup(
     name="gpt1-kernels",
@@ -9,6 +15,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["gpt1_kernels*"]),
     package_dir={"": "."},
+    ext_modules=extension_modules(),
+    cmdclass={"build_ext": BuildWithNinja},
     install_requires=[
         "torch>=2.11",
         "numpy",
@@ -29,6 +37,9 @@ setup(
             "hypothesis",
             "transformers",
             "ruff==0.17.6",
+            "setuptools>=77",
+            "pybind11",
+            "ninja",
         ],
         "parquet": ["pyarrow"],
         "spacy": ["spacy>=3.8"],

@@ -64,11 +64,12 @@ def test_backward_runs_where_forward_ran(launches):
     assert launches["triton", "layer_norm_bwd_kernel"] == 1
 
 
-def test_a_backend_without_a_kernel_says_so_and_does_not_fall_back(monkeypatch):
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cuda_host"])
+def test_a_backend_without_a_kernel_says_so_and_does_not_fall_back(backend, monkeypatch):
     monkeypatch.setitem(backends.OPS, "layer_norm", "a_module_that_no_backend_has")
     monkeypatch.setattr(backends, "unavailable_reason", backends.unavailable_reason.__wrapped__)
-    message = "layer_norm: backend 'triton' was asked for but it has no kernel for layer_norm"
-    with use_backend("triton"), pytest.raises(ValueError, match=message):
+    message = f"layer_norm: backend '{backend}' was asked for but it has no kernel for layer_norm"
+    with use_backend(backend), pytest.raises(ValueError, match=message):
         layer_norm()
 
 
@@ -101,15 +102,21 @@ def test_a_backend_refuses_sizes_over_its_limit_and_says_why(packed, head_size):
 def test_what_a_backend_refuses_falls_back(monkeypatch, caplog, head_size, dtype, chosen, reason):
     from gpt1_kernels.backends.triton import attention
 
+    def unavailable_reason(backend, op, device):
+        return "it is left out of this test" if backend == "cuda" else None
+
     monkeypatch.setattr(attention, "DTYPES", (torch.float16,), raising=False)
-    monkeypatch.setattr(backends, "unavailable_reason", lambda *_: None)
+    monkeypatch.setattr(backends, "unavailable_reason", unavailable_reason)
     for function in (backends._takes_dtype, backends._log_fallback):
         monkeypatch.setattr(backends, function.__name__, function.__wrapped__)
     call = partial(backends.automatic_choice, "causal_attention", "cuda", dtype)
     assert call(head_size=head_size) == chosen
     logged = [record.getMessage() for record in caplog.records]
+    refused = {"triton": reason, "cuda": "it is left out of this test"}  # never cuda_host
     assert logged == (
-        [] if reason is None else [f"causal_attention: not on backend triton: {reason}"]
+        []
+        if reason is None
+        else [f"causal_attention: not on backend {name}: {why}" for name, why in refused.items()]
     )
 
 
@@ -141,7 +148,8 @@ def test_row25_a_cpu_tensor_for_a_gpu_backend():
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="'cudnn', expected one of triton, portable"):
+    names = "triton, cuda, cuda_host, portable"
+    with pytest.raises(ValueError, match=f"'cudnn', expected one of {names}"):
         use_backend("cudnn").__enter__()
 
 
@@ -149,7 +157,8 @@ def test_the_report_names_every_op_and_backend():
     report = backend_report()
     assert report.keys() == backends.OPS.keys()
     for op, answers in report.items():
-        assert answers == {"triton": "available", "portable": "available"}, op
+        assert tuple(answers) == backends.BACKENDS, op
+        assert answers["triton"] == answers["portable"] == "available", op
 
 
 def test_row26_without_triton_it_imports_and_falls_back():
@@ -168,12 +177,17 @@ def test_row26_an_old_gpu_is_named(monkeypatch):
     monkeypatch.setattr(package, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert package.unavailable_reason("cuda") == "GPU 0 has compute capability 7.5, below 8.0"
+    reason = package.unavailable_reason("triton", "cuda")
+    assert reason == "GPU 0 has compute capability 7.5, below 8.0"
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("portable", "portable"), ("auto", "None"), ("nonsense", "expected one of triton, portable")],
+    [
+        *[(name, name) for name in backends.BACKENDS],
+        ("auto", "None"),
+        ("nonsense", "expected one of triton, cuda, cuda_host, portable"),
+    ],
 )
 def test_the_environment_chooses(value, expected):
     out, stderr = python(

@@ -1,8 +1,8 @@
 """The only dispatch: which backends exist, which one serves a call, and why.
 
-A backend is a package `gpt1_kernels.backends.<name>` with one module per op. It is chosen in an
-op's public function, once, and then travels as a string argument of the low-level ops: backward
-runs on another thread, where the state of `use_backend` is not seen.
+A backend is a package of `gpt1_kernels.backends` with one module per op. It is chosen in an op's
+public function, once, and then travels as a string argument of the low-level ops: backward runs
+on another thread, where the state of `use_backend` is not seen.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ OPS = {
     "linear_cross_entropy": "linear_cross_entropy",
     "embedding": "embedding",
 }
-BACKENDS = ("triton", "portable")
+BACKENDS = ("triton", "cuda", "cuda_host", "portable")
+# The order holds until a committed measurement on a GPU says otherwise. `cuda_host` is for tests.
+AUTOMATIC = ("triton", "cuda", "portable")
+_PACKAGES = {name: name for name in BACKENDS} | {"cuda_host": "cuda"}
 
 launches: Counter[tuple[str, str]] = Counter()
 """How often each kernel was launched, by (backend, kernel); tests assert on it."""
@@ -115,17 +118,17 @@ def unavailable_reason(backend: str, op: str, device: str) -> str | None:
     """Why a backend cannot serve an op on a device type, or None if it can."""
     if backend == "portable":
         return None
-    if importlib.util.find_spec(f"gpt1_kernels.backends.{backend}.{OPS[op]}") is None:
+    package = f"gpt1_kernels.backends.{_PACKAGES[backend]}"
+    if importlib.util.find_spec(f"{package}.{OPS[op]}") is None:
         return f"it has no kernel for {op}"
-    package = importlib.import_module(f"gpt1_kernels.backends.{backend}")
-    return package.unavailable_reason(device)
+    return importlib.import_module(package).unavailable_reason(backend, device)
 
 
 def automatic_choice(op: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
     """The first backend that can serve a call on a device type; a GPU's fallback is logged once."""
     if device != "cuda":
         return "portable"
-    for name in BACKENDS:
+    for name in AUTOMATIC:
         reason = unavailable_reason(name, op, device) or _refusal(name, op, dtype, sizes)
         if reason is None:
             return name
@@ -171,7 +174,7 @@ def _environment_choice() -> str | None:
 
 @cache
 def _module(backend: str, op: str):
-    return importlib.import_module(f"gpt1_kernels.backends.{backend}.{OPS[op]}")
+    return importlib.import_module(f"gpt1_kernels.backends.{_PACKAGES[backend]}.{OPS[op]}")
 
 
 def _known(name: str) -> str:

@@ -17,8 +17,8 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     from gpt1_kernels.backends.triton import interpreter  # noqa: F401
 
 
-def unavailable_reason(device_type: str) -> str | None:
-    """Why these kernels cannot run on tensors of a device type ("cuda", "cpu", …), or None."""
+def unavailable_reason(backend: str, device_type: str) -> str | None:
+    """Why "triton" cannot run on tensors of a device type ("cuda", "cpu", …), or None if it can."""
     try:
         import triton  # noqa: F401
     except ImportError as error:

@@ -1,0 +1,77 @@
+"""The compiled extension: loads it, says why it is absent, calls its functions.
+
+A function of the extension takes plain numbers: sizes, strides, and for each tensor an address with
+an extent, which `view` gives; last, the index of a device with a stream.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gpt1_kernels.backends import count_launch
+
+NOT_BUILT = {
+    "cuda": "it was installed without nvcc, or with GPT1_KERNELS_BUILD_CUDA=0",
+    "cuda_host": "it was installed without GPT1_KERNELS_BUILD_HOST=1",
+}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@cache
+def module(backend: str) -> ModuleType:
+    """The compiled module of a backend.
+
+    Raises:
+        ImportError: it was not built, or does not load on this machine.
+    """
+    return importlib.import_module(f"gpt1_kernels._{backend}")
+
+
+@cache
+def absence(backend: str) -> str | None:
+    """Why the compiled module of a backend is not there, or None if it is."""
+    try:
+        module(backend)
+    except ModuleNotFoundError:
+        return NOT_BUILT[backend]
+    except ImportError as error:
+        return f"its extension does not load: {error}"
+    return None
+
+
+def launch(function: str, tensor: Tensor, *args) -> None:
+    """Calls a function of the extension where a tensor lies: on its GPU's current stream, or here.
+
+    Raises:
+        RuntimeError: CUDA refused the launch.
+    """
+    index = tensor.get_device()  # -1 on a CPU
+    backend = "cuda_host" if index < 0 else "cuda"
+    stream = 0 if index < 0 else torch._C._cuda_getCurrentRawStream(index)
+    count_launch(backend, function)
+    getattr(_prepared(backend, index), function)(*args, (index, stream))
+
+
+@cache
+def _prepared(backend: str, index: int) -> ModuleType:
+    compiled = module(backend)
+    compiled.prepare(index)
+    return compiled
+
+
+def view(tensor: Tensor | None) -> tuple[int, int]:
+    """The address of a tensor and its extent, the elements from its first to its last in memory.
+
+    (0, 0) for None and for a tensor without elements.
+    """
+    if tensor is None or tensor.numel() == 0:
+        return 0, 0
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.numel()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.data_ptr(), 1 + sum((size - 1) * stride for size, stride in steps)

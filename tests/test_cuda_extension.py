@@ -1,0 +1,177 @@
+"""Loading the compiled extension, and what the launchers need from it."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpt1_kernels.backends import cuda
+from gpt1_kernels.backends.cuda import extension
+
+IMPORT_WITHOUT_TORCH = """
+import importlib.util, sys
+sys.modules["torch"] = None
+spec = importlib.util.spec_from_file_location("gpt1_kernels.{name}", {path!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(*module.versions())
+"""
+
+
+def built(backend):
+    """The path of a compiled module; the test is skipped where it is absent."""
+    if (reason := extension.absence(backend)) is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    return extension.module(backend).__file__
+
+
+@pytest.mark.parametrize(("backend", "oldest_runtime"), [("cuda", 12000), ("cuda_host", 0)])
+def test_the_module_imports_without_torch(backend, oldest_runtime):
+    code = IMPORT_WITHOUT_TORCH.format(name=f"_{backend}", path=built(backend))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    driver, runtime = map(int, run.stdout.split())
+    assert driver >= 0
+    assert runtime >= oldest_runtime
+
+
+@pytest.mark.parametrize("backend", ["cuda", "cuda_host"])
+def test_the_module_needs_no_cuda_library_and_no_torch(backend):
+    path = built(backend)
+    dynamic = subprocess.run(["readelf", "-dW", path], capture_output=True, text=True, check=True)
+    needed = [line for line in dynamic.stdout.splitlines() if "NEEDED" in line]
+    assert needed
+    assert not [line for line in needed if any(lib in line for lib in ("cuda", "torch", "c10"))]
+
+
+def test_the_runtime_inside_is_not_mixed_with_one_that_torch_loads():
+    table = subprocess.run(
+        ["readelf", "--dyn-syms", "-W", built("cuda")], capture_output=True, text=True, check=True
+    ).stdout
+    assert "PyInit__cuda" in table
+    assert "cudaGetDevice" not in table
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_s_own_message_is_raised():
+    built("cuda")
+    with pytest.raises(RuntimeError, match=r"CUDA: .*(driver|device)"):
+        extension.module("cuda").prepare(0)
+
+
+def test_the_host_module_says_that_it_is_for_tests():
+    built("cuda_host")
+    assert "a tool for tests" in extension.module("cuda_host").__doc__
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine on which the backend `cuda` is available."""
+    state = SimpleNamespace(driver=13020, runtime=13000, available=True, capability=(8, 0))
+    compiled = SimpleNamespace(versions=lambda: (state.driver, state.runtime))
+    monkeypatch.setattr(extension, "absence", lambda backend: None)
+    monkeypatch.setattr(extension, "module", lambda backend: compiled)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: state.available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: state.capability)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "reason"),
+    [
+        ("cuda", "cuda", None),
+        ("cuda", "cpu", "it takes cuda tensors, not cpu ones"),
+        ("cuda_host", "cpu", None),
+        ("cuda_host", "cuda", "it takes cpu tensors, not cuda ones"),
+    ],
+)
+def test_each_backend_takes_the_tensors_of_one_device(backend, device, reason, gpu):
+    assert cuda.unavailable_reason(backend, device) == reason
+
+
+@pytest.mark.parametrize(
+    ("difference", "reason"),
+    [
+        ({"driver": 13000, "runtime": 13020}, None),  # minor releases of CUDA are compatible
+        ({"capability": (7, 5)}, "GPU 0 has compute capability 7.5, below 8.0"),
+        (
+            {"driver": 12080, "capability": (7, 5)},
+            "the NVIDIA driver is for CUDA 12.8, older than the CUDA 13.0 that the kernels were "
+            "compiled with",
+        ),
+        ({"available": False, "driver": 0, "capability": (7, 5)}, "PyTorch finds no GPU"),
+    ],
+)
+def test_row26_what_keeps_a_gpu_from_running_is_named(difference, reason, gpu):
+    vars(gpu).update(difference)
+    assert cuda.unavailable_reason("cuda", "cuda") == reason
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "reason"),
+    [
+        ("cuda", ModuleNotFoundError("no"), "installed without nvcc"),
+        ("cuda_host", ModuleNotFoundError("no"), "installed without GPT1_KERNELS_BUILD_HOST=1"),
+        ("cuda", ImportError("GLIBCXX_9 not found"), "does not load: GLIBCXX_9 not found"),
+    ],
+)
+def test_row26_an_absent_extension_says_why(backend, error, reason, monkeypatch):
+    def module(backend):
+        raise error
+
+    monkeypatch.setattr(extension, "module", module)
+    monkeypatch.setattr(extension, "absence", extension.absence.__wrapped__)
+    assert reason in cuda.unavailable_reason(backend, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("index", "backend", "stream"), [(-1, "cuda_host", 0), (0, "cuda", 70), (1, "cuda", 71)]
+)
+def test_a_launch_goes_to_the_device_and_stream_of_the_tensor(
+    index, backend, stream, monkeypatch, launches
+):
+    calls = []
+    compiled = SimpleNamespace(
+        prepare=lambda device: calls.append(("prepare", device)),
+        kernel=lambda *args: calls.append(args),
+    )
+    monkeypatch.setattr(extension, "module", {backend: compiled}.get)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False
+    )
+    tensor = SimpleNamespace(get_device=lambda: index)
+    extension._prepared.cache_clear()
+    for size in (3, 4):
+        extension.launch("kernel", tensor, size)
+    extension._prepared.cache_clear()
+    assert calls == [("prepare", index), (index, stream, 3), (index, stream, 4)]
+    assert launches == {(backend, "kernel"): 2}
+
+
+NUMBERS = torch.arange(60).reshape(3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(NUMBERS, id="contiguous"),
+        pytest.param(NUMBERS[1], id="from the middle"),
+        pytest.param(NUMBERS.transpose(0, 2), id="transposed"),
+        pytest.param(NUMBERS[:, 1:3, ::2], id="with gaps"),
+        pytest.param(NUMBERS[:1].expand(7, 4, 5), id="one row for many"),
+        pytest.param(NUMBERS[2, 3, 4], id="0-d"),
+    ],
+)
+def test_a_view_spans_from_the_first_element_to_the_last(tensor):
+    address, extent = extension.view(tensor)
+    first, last = int(tensor.min()), int(tensor.max())  # each element is its own offset
+    assert address == NUMBERS.data_ptr() + first * NUMBERS.element_size()
+    assert extent == last - first + 1
+
+
+@pytest.mark.parametrize("tensor", [None, NUMBERS[:0], NUMBERS[:, :, 5:]])
+def test_a_view_of_nothing_is_empty(tensor):
+    assert extension.view(tensor) == (0, 0)
