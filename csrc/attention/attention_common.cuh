@@ -109,6 +109,7 @@ __device__ __forceinline__ void store_strip(const Tile<T, kRows, kD>& tile, int 
                                             const FragmentC (&x)[kD / 8], float factor, float factor_8,
                                             const Heads<T>& to, const AttentionHead& head, int start, int T_,
                                             int D) {
+    warp_barrier();  // lanes may have read these rows
     const auto put = [&](int r, int column, float low, float high) {
         tile.memory.store_vector(tile.offset(row + r, column) + fragment_column(),
                                  narrow<T>(Vector<float, 2>{low, high}));

@@ -66,6 +66,9 @@ Pair unpack(std::uint32_t word) {
     return {to_float(low), to_float(high)};
 }
 
+using std::max;
+using std::min;
+
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 
