@@ -147,7 +147,7 @@ def test_a_launch_goes_to_the_device_and_stream_of_the_tensor(
     for size in (3, 4):
         extension.launch("kernel", tensor, size)
     extension._prepared.cache_clear()
-    assert calls == [("prepare", index), (index, stream, 3), (index, stream, 4)]
+    assert calls == [("prepare", index), (3, (index, stream)), (4, (index, stream))]
     assert launches == {(backend, "kernel"): 2}
 
 

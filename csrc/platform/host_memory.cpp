@@ -158,7 +158,7 @@ std::unordered_set<std::uintptr_t> sectors_read, sectors_written;
 struct WarpAccess {
     Space space;
     int lane_bytes = 0;
-    std::vector<std::uintptr_t> addresses;
+    std::vector<std::pair<int, std::uintptr_t>> addresses;  // with their lanes, in the order they ran
 };
 
 using Place = std::pair<const char*, std::uint64_t>;  // file; line and column
@@ -187,14 +187,15 @@ std::unordered_map<WarpPlace, WarpAccess, WarpPlaceHash> warp_accesses;
 
 /// How often the banks must be read beyond the fewest passes that so many bytes need.
 int conflicts(const WarpAccess& access) {
-    const std::size_t lanes = kPhaseBytes / std::max(access.lane_bytes, kBankBytes);
+    const int lanes = kPhaseBytes / std::max(access.lane_bytes, kBankBytes);
     int extra = 0;
-    for (std::size_t first = 0; first < access.addresses.size(); first += lanes) {
+    for (int first = 0; first < kLanes; first += lanes) {
         std::array<std::vector<std::uintptr_t>, kBanks> words;
         std::size_t passes = 1;
-        for (std::size_t i = first; i < std::min(first + lanes, access.addresses.size()); ++i) {
+        for (const auto& [lane, address] : access.addresses) {
+            if (lane < first || lane >= first + lanes) continue;
             for (int byte = 0; byte < access.lane_bytes; byte += kBankBytes) {
-                const std::uintptr_t word = (access.addresses[i] + byte) / kBankBytes;
+                const std::uintptr_t word = (address + byte) / kBankBytes;
                 auto& bank = words[word % kBanks];
                 if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
                 passes = std::max(passes, bank.size());
@@ -213,7 +214,7 @@ void count(const Access& access, const Site& site) {
     WarpAccess& together = warp_accesses[{place, thread->index / kLanes, execution}];
     together.space = access.space;
     together.lane_bytes = access.bytes();
-    together.addresses.push_back(access.address());
+    together.addresses.emplace_back(lane(), access.address());
     if (access.space == Space::kGlobal) {
         auto& sectors = access.kind == Kind::kRead ? sectors_read : sectors_written;
         for (auto s = access.address() / kSector; s <= (access.address() + access.bytes() - 1) / kSector; ++s) {
@@ -238,7 +239,7 @@ void sum_up_block() {
             continue;
         }
         sectors.clear();
-        for (const std::uintptr_t address : access.addresses) {
+        for (const auto& [lane, address] : access.addresses) {
             for (auto s = address / kSector; s <= (address + access.lane_bytes - 1) / kSector; ++s) {
                 sectors.push_back(s);
             }
