@@ -11,7 +11,6 @@ PYBIND11_MODULE(GPT1_KERNELS_MODULE, module) {
     module.def("versions", &versions, "(driver, runtime): CUDA's, such as 13000; no driver is 0.");
     module.def("prepare", &prepare, "To be called once for a device before the first launch on it.");
     module.def("causal_attention_fwd", &causal_attention_fwd);
-    module.def("causal_attention_bwd_dq", &causal_attention_bwd_dq);
-    module.def("causal_attention_bwd_dkdv", &causal_attention_bwd_dkdv);
+    module.def("causal_attention_bwd", &causal_attention_bwd);
     module.def("dropout_mask", &dropout_mask);
 }

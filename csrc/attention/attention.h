@@ -13,7 +13,7 @@ using HeadsArray = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::i
 /// B, H, Tq, Tk and D.
 using AttentionSizes = std::tuple<int, int, int, int, int>;
 
-/// O and lse of causal attention; bf16 and fp16, D up to 128, none of B, H, Tq 0.
+/// O and lse of causal attention; bf16 and fp16, D up to 128, none of B, H, Tq is 0.
 void causal_attention_fwd(HeadsArray q, HeadsArray k, HeadsArray v,
                           Array keep_bits,  // (B, H, Tq, ceil(Tk / 32)), int32, or absent
                           Array first_key,  // (B,), int32, or absent
@@ -21,16 +21,12 @@ void causal_attention_fwd(HeadsArray q, HeadsArray k, HeadsArray v,
                           Array lse,  // (B, H, Tq), fp32
                           AttentionSizes sizes, float scale, float keep_scale, int dtype, Stream stream);
 
-/// delta, the row sums of dO ∘ O, and dQ unless it is absent.
-void causal_attention_bwd_dq(HeadsArray dout, HeadsArray q, HeadsArray k, HeadsArray v, HeadsArray o,
-                             Array lse, Array keep_bits, Array first_key,
-                             Array delta,  // (B, H, Tq), fp32
-                             HeadsArray dq, AttentionSizes sizes, float scale, float keep_scale, int dtype,
-                             Stream stream);
-
-/// dK and dV, unless absent; delta is read for dK alone.
-void causal_attention_bwd_dkdv(HeadsArray dout, HeadsArray q, HeadsArray k, HeadsArray v, Array lse,
-                               Array delta, Array keep_bits, Array first_key, HeadsArray dk, HeadsArray dv,
-                               AttentionSizes sizes, float scale, float keep_scale, int dtype, Stream stream);
+/// dQ, dK and dV, those that are not absent. A chip with enough shared memory needs one kernel for a
+/// head of up to 512 queries; elsewhere there is one for dQ and delta, and one for dK and dV.
+void causal_attention_bwd(HeadsArray dout, HeadsArray q, HeadsArray k, HeadsArray v, HeadsArray o, Array lse,
+                          Array keep_bits, Array first_key,
+                          Array delta,  // (B, H, Tq), fp32, a workspace
+                          HeadsArray dq, HeadsArray dk, HeadsArray dv, AttentionSizes sizes, float scale,
+                          float keep_scale, int dtype, Stream stream);
 
 }  // namespace gpt1

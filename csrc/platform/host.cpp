@@ -44,7 +44,13 @@ float to_float(fp16 x) {
 
 int processors(int) { return 2; }
 
-int shared_memory_limit(int) { return 99 * 1024; }
+namespace host {
+
+int shared_memory = 99 * 1024;
+
+}  // namespace host
+
+int shared_memory_limit(int) { return host::shared_memory; }
 
 void prepare(int) {}
 

@@ -375,6 +375,11 @@ void launch(std::int64_t grid, int shared_bytes, Stream, const typename Kernel::
 /// A chip of two processors, small enough that blocks walk over several tiles in a test.
 int processors(int device);
 
+/// 99 KB, as the smallest chips have, unless a test sets another.
 int shared_memory_limit(int device);
+
+namespace host {
+extern int shared_memory;
+}
 
 }  // namespace gpt1

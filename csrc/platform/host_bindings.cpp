@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "platform/host.cuh"
 #include "platform/host_memory.h"
 #include "platform/host_planted.h"
 #include "platform/runtime.h"
@@ -41,6 +42,8 @@ void bind_platform(py::module_& module) {
     py::register_exception<host::Fault>(module, "KernelFault", PyExc_RuntimeError);
     module.def("set_order", &set_order, py::arg("order"), py::arg("seed") = 0,
                "In which order threads run between barriers: forward, reversed or shuffled.");
+    module.def("set_shared_memory", [](int bytes) { host::shared_memory = bytes; }, py::arg("bytes"),
+               "How much a block may ask for, by which launchers choose kernels; 101376 at first.");
     module.def("count_traffic", &host::count_traffic, py::arg("on"),
                "Counts sectors and bank conflicts of the launches from now on, from zero.");
     module.def("traffic", &traffic, "What was counted, by kernel.");

@@ -105,24 +105,17 @@ def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
 
 
 def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, dropout_p):
-    delta = None
+    if k.numel() == 0:
+        return
     grads = dq, dk, dv
-    padded_dq, padded_dk, padded_dv = padded = [None if g is None else _padded(g) for g in grads]
+    padded = [None if g is None else _padded(g) for g in grads]
     do, q, k, v, o = map(_aligned, (do, q, k, v, o))
-    call = _call(q, k, scale, dropout_p)
-    if (dq is not None or dk is not None) and q.numel() > 0:
-        delta = torch.empty_like(lse)
-        launch(
-            "causal_attention_bwd_dq", q,
-            *map(_heads, (do, q, k, v, o)), view(lse), view(keep_bits), view(first_key),
-            view(delta), _heads(padded_dq), *call,
-        )  # fmt: skip
-    if (dk is not None or dv is not None) and k.numel() > 0:
-        launch(
-            "causal_attention_bwd_dkdv", q,
-            *map(_heads, (do, q, k, v)), view(lse), view(delta), view(keep_bits), view(first_key),
-            _heads(padded_dk), _heads(padded_dv), *call,
-        )  # fmt: skip
+    delta = torch.empty_like(lse)
+    launch(
+        "causal_attention_bwd", q,
+        *map(_heads, (do, q, k, v, o)), view(lse), view(keep_bits), view(first_key), view(delta),
+        *map(_heads, padded), *_call(q, k, scale, dropout_p),
+    )  # fmt: skip
     for grad, with_zeros in zip(grads, padded, strict=True):
         _copy_back(grad, with_zeros)
 
