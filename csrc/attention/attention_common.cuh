@@ -67,6 +67,12 @@ struct AttentionHead {
 __device__ __forceinline__ int fragment_row() { return lane_index() / 4; }
 __device__ __forceinline__ int fragment_column() { return lane_index() % 4 * 2; }
 
+/// The sum over the four lanes that share a fragment's rows.
+__device__ __forceinline__ float quad_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
 /// The words of dropout bits of kRows queries, for tiles of keys that come in order.
 ///
 /// They are fetched for 128 keys at a time, since a sector of memory holds those of 256, and only
@@ -93,8 +99,10 @@ struct KeepBits {
         }
     }
 
-    /// The word of a key, which is a multiple of 32.
-    __device__ __forceinline__ std::uint32_t word(int row, int key) const { return memory.load(place(row, key)); }
+    /// The bits from this thread's column of a fragment at `key` on, to the end of a word.
+    __device__ __forceinline__ std::uint32_t bits(int row, int key) const {
+        return memory.load(place(row, key)) >> (key % 32 + fragment_column());
+    }
 
 private:
     __device__ __forceinline__ static int place(int row, int key) {

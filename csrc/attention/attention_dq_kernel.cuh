@@ -21,10 +21,10 @@ struct AttentionBackwardDq {
     static constexpr const char* kName = "causal_attention_bwd_dq";
     static constexpr int kWarps = kD <= 64 ? 8 : 4;
     static constexpr int kThreads = kWarps * 32;
-    static constexpr int kBlocksPerProcessor = 2;
+    static constexpr int kBlocksPerProcessor = kD == 64 ? 1 : 2;
     static constexpr int kQueries = kWarps * 16;
     static constexpr int kKeys = kD <= 64 ? 64 : 32;
-    static constexpr int kChunk = 32;
+    static constexpr int kChunk = kD <= 64 ? 32 : 16;
     static constexpr int kStages = 2;
 
     using QTile = Tile<T, kQueries, kD>;
@@ -39,9 +39,7 @@ struct AttentionBackwardDq {
         const AttentionHead head(p, block_index() / tiles);
         const int start_m = static_cast<int>(tiles - 1 - block_index() % tiles) * kQueries;  // longest first
         const int start = head.first_key / kKeys * kKeys;
-        const int first_chunk = head.first_key / kChunk * kChunk;
-        // Without dQ, delta is all there is to do: see below.
-        const int end = min(p.dq ? start_m + kQueries + head.past : first_chunk + kChunk, p.Tk);
+        const int end = min(start_m + kQueries + head.past, p.Tk);
 
         SharedArena arena;
         const QTile q{arena.take<T>(QTile::kSize)}, dout{arena.take<T>(QTile::kSize)};
@@ -67,9 +65,7 @@ struct AttentionBackwardDq {
         dout.template fetch<kThreads>(p.dout.x, head.offset(p.dout) + start_m * p.dout.stride_t,
                                       p.dout.stride_t, rows, p.D, first_row);
         copy_async_commit();
-        if (start < end) fetch(start);
-        copy_async_commit();
-        copy_async_wait<1>();
+        copy_async_wait<0>();
         barrier();
         add_up_rows(p, head, dout, row_sums, start_m);
 
@@ -83,37 +79,58 @@ struct AttentionBackwardDq {
             delta[half] = row_sums.load(row + half * 8);
         }
 
+        // In a row that sees next to nothing the rounding of O would be most of dS: there delta is the mean
+        // of dP under P, exact where there is but one key, and the keys are walked over once more.
+        const bool few_keys = end - head.first_key <= kQueries;
+        float sum[2] = {}, total[2] = {};
         FragmentC dq[kD / 8] = {};
-        for (int start_n = start; start_n < end; start_n += kKeys) {
-            copy_async_wait<0>();
-            barrier();  // the tile is there for all, and all are done with the one before
-            if (start_n + kKeys < end) fetch(start_n + kKeys);
-            copy_async_commit();
-            const KTile k = stage(k_stages, start_n), v = stage(v_stages, start_n);
 #pragma unroll 1
-            for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
-                const int key = start_n + chunk;
-                if (key < first_chunk || key > start_m + warp_index() * 16 + 15 + head.past) continue;
-                FragmentC ds[kChunk / 8] = {}, dp[kChunk / 8] = {};
-                multiply(q, k, chunk, ds);
-                multiply(dout, v, chunk, dp);
-                probabilities(p, head, bits, start_m, key, lse, ds, dp);
-                if (key == first_chunk) settle_few_keys(head, start_m + row, key, ds, dp, delta);
-                if (!p.dq) continue;
+        for (int pass = few_keys ? 0 : 1; pass < (p.dq ? 2 : 1); ++pass) {
+            barrier();  // all are done with the pass before
+            if (start < end) fetch(start);
+            copy_async_commit();
+            for (int start_n = start; start_n < end; start_n += kKeys) {
+                copy_async_wait<0>();
+                barrier();  // the tile is there for all, and all are done with the one before
+                if (start_n + kKeys < end) fetch(start_n + kKeys);
+                copy_async_commit();
+                const KTile k = stage(k_stages, start_n), v = stage(v_stages, start_n);
+#pragma unroll 1
+                for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
+                    const int key = start_n + chunk;
+                    if (key > start_m + warp_index() * 16 + 15 + head.past) continue;
+                    FragmentC ds[kChunk / 8] = {}, dp[kChunk / 8] = {};
+                    multiply(q, k, chunk, ds);
+                    multiply(dout, v, chunk, dp);
+                    probabilities(p, head, bits, start_m, key, lse, ds, dp);
 #pragma unroll
-                for (int n = 0; n < kChunk / 8; ++n) {
+                    for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) ds[n].values[i] *= dp[n].values[i] - delta[i / 2];
-                }
-#pragma unroll
-                for (int n = 0; n < kChunk / 16; ++n) {
-                    const FragmentA left = as_left<T>(ds[2 * n], ds[2 * n + 1]);
-#pragma unroll
-                    for (int d = 0; d < kD; d += 16) {
-                        const FragmentPairB right = k.b(chunk + n * 16, d);
-                        mma<T>(dq[d / 8], left, right.left);
-                        mma<T>(dq[d / 8 + 1], left, right.right);
+                        for (int i = 0; i < 4; ++i) {
+                            const float prob = ds[n].values[i];
+                            ds[n].values[i] *= dp[n].values[i] - delta[i / 2];
+                            if (pass == 0) sum[i / 2] += ds[n].values[i], total[i / 2] += prob;
+                        }
                     }
+                    if (pass == 0) continue;
+#pragma unroll
+                    for (int n = 0; n < kChunk / 16; ++n) {
+                        const FragmentA left = as_left<T>(ds[2 * n], ds[2 * n + 1]);
+#pragma unroll
+                        for (int d = 0; d < kD; d += 16) {
+                            const FragmentPairB right = k.b(chunk + n * 16, d);
+                            mma<T>(dq[d / 8], left, right.left);
+                            mma<T>(dq[d / 8 + 1], left, right.right);
+                        }
+                    }
+                }
+            }
+            if (pass == 0) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    sum[half] = quad_sum(sum[half]);
+                    total[half] = quad_sum(total[half]);
+                    if (total[half] > 0.0f) delta[half] += sum[half] / total[half];
                 }
             }
         }
@@ -177,7 +194,7 @@ private:
         if (p.keep_bits) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                words[half] = bits.word(warp_index() * 16 + fragment_row() + half * 8, key) >> fragment_column();
+                words[half] = bits.bits(warp_index() * 16 + fragment_row() + half * 8, key);
             }
         }
 #pragma unroll
@@ -198,31 +215,6 @@ private:
                 const int this_key = key + n * 8 + fragment_column() + i % 2;
                 if (this_key > position || this_key < head.first_key) s[n].values[i] = 0.0f;
             }
-        }
-    }
-
-    /// In a row that sees next to nothing the rounding of O would be most of dS. Where all its keys are
-    /// here, delta is the mean of dP under P, which is exact where there is but one.
-    __device__ __forceinline__ static void settle_few_keys(const AttentionHead& head, int query, int key,
-                                                           const FragmentC (&prob)[kChunk / 8],
-                                                           const FragmentC (&dp)[kChunk / 8],
-                                                           float (&delta)[2]) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float sum = 0.0f, total = 0.0f;
-#pragma unroll
-            for (int n = 0; n < kChunk / 8; ++n) {
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    sum += prob[n].values[i] * dp[n].values[i];
-                    total += prob[n].values[i];
-                }
-            }
-            sum += shuffle_xor(sum, 1);
-            sum += shuffle_xor(sum, 2);
-            total += shuffle_xor(total, 1);
-            total += shuffle_xor(total, 2);
-            if (query + half * 8 + head.past < key + kChunk) delta[half] = total == 0.0f ? 0.0f : sum / total;
         }
     }
 };

@@ -194,8 +194,7 @@ private:
                 }
             }
             if (p.keep_bits) {
-                const std::uint32_t word =
-                    bits.word(strip.row + fragment_row() + half * 8, key) >> fragment_column();
+                const std::uint32_t word = bits.bits(strip.row + fragment_row() + half * 8, key);
 #pragma unroll
                 for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
@@ -212,10 +211,8 @@ private:
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float total = strip.total[half];
-            total += shuffle_xor(total, 1);
-            total += shuffle_xor(total, 2);
-            // A row that sees no key has acc = 0 and largest = −∞, so O = 0 and lse = −∞.
+            // A row that sees no key has acc = total = 0 and largest = −∞, so O = 0 and lse = −∞.
+            float total = quad_sum(strip.total[half]);
             total = total == 0.0f ? 1.0f : total;
             factor[half] = p.keep_scale / total;
             const int query = start_m + strip.row + fragment_row() + half * 8;
