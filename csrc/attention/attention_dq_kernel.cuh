@@ -65,9 +65,13 @@ struct AttentionBackwardDq {
         dout.template fetch<kThreads>(p.dout.x, head.offset(p.dout) + start_m * p.dout.stride_t,
                                       p.dout.stride_t, rows, p.D, first_row);
         copy_async_commit();
-        copy_async_wait<0>();
-        barrier();
-        add_up_rows(p, head, dout, row_sums, start_m);
+        if (start < end) fetch(start);
+        copy_async_commit();
+        Vector<T, 8> o[kVectors];
+        load_o(p, head, start_m, o);
+        copy_async_wait<1>();
+        barrier();  // q and dO are there for all
+        add_up_rows(dout, row_sums, o);
 
         const int row = warp_index() * 16 + fragment_row();
         float lse[2], delta[2];
@@ -86,9 +90,6 @@ struct AttentionBackwardDq {
         FragmentC dq[kD / 8] = {};
 #pragma unroll 1
         for (int pass = few_keys ? 0 : 1; pass < (p.dq ? 2 : 1); ++pass) {
-            barrier();  // all are done with the pass before
-            if (start < end) fetch(start);
-            copy_async_commit();
             for (int start_n = start; start_n < end; start_n += kKeys) {
                 copy_async_wait<0>();
                 barrier();  // the tile is there for all, and all are done with the one before
@@ -126,6 +127,9 @@ struct AttentionBackwardDq {
                 }
             }
             if (pass == 0) {
+                barrier();  // all are done with the last tile
+                if (start < end) fetch(start);
+                copy_async_commit();
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     sum[half] = quad_sum(sum[half]);
@@ -145,24 +149,38 @@ struct AttentionBackwardDq {
     }
 
 private:
-    /// The sums of dO ∘ O over the rows of the warp.
-    __device__ __forceinline__ static void add_up_rows(const Params& p, const AttentionHead& head,
-                                                       const QTile& dout, const Shared<float>& row_sums,
-                                                       int start_m) {
-        constexpr int kLanes = kD <= 32 ? 4 : kD <= 64 ? 8 : 16;  // of a row
-        const int column = lane_index() % kLanes * 8;
+    /// How lanes share the vectors of a warp's 16 rows; of 96 columns some have none.
+    static constexpr int kLanesOfRow = kD <= 32 ? 4 : kD <= 64 ? 8 : 16;
+    static constexpr int kVectors = 16 * kLanesOfRow / 32;
+    __device__ __forceinline__ static int vector_row(int i) {
+        return warp_index() * 16 + i * (32 / kLanesOfRow) + lane_index() / kLanesOfRow;
+    }
+    __device__ __forceinline__ static int vector_column() { return lane_index() % kLanesOfRow * 8; }
+
+    __device__ __forceinline__ static void load_o(const Params& p, const AttentionHead& head, int start_m,
+                                                  Vector<T, 8> (&o)[kVectors]) {
 #pragma unroll
-        for (int start = 0; start < 16; start += 32 / kLanes) {
-            const int row = warp_index() * 16 + start + lane_index() / kLanes, query = start_m + row;
-            const bool mask = column < p.D && query >= head.first_query && query < p.Tq;
-            const Vector<float, 8> o = widen<T>(p.o.x.template load_vector<8>(
-                head.offset(p.o) + query * p.o.stride_t + column, mask));
-            const Vector<float, 8> x =
-                widen<T>(dout.memory.template load_vector<8>(mask ? dout.offset(row, column) : 0, mask));
+        for (int i = 0; i < kVectors; ++i) {
+            const int query = start_m + vector_row(i);
+            o[i] = p.o.x.template load_vector<8>(
+                head.offset(p.o) + query * p.o.stride_t + vector_column(),
+                vector_column() < p.D && query >= head.first_query && query < p.Tq);
+        }
+    }
+
+    /// The sums of dO ∘ O over the rows of the warp.
+    __device__ __forceinline__ static void add_up_rows(const QTile& dout, const Shared<float>& row_sums,
+                                                       const Vector<T, 8> (&o)[kVectors]) {
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            const bool mask = vector_column() < kD;
+            const Vector<float, 8> left = widen<T>(o[i]);
+            const Vector<float, 8> right = widen<T>(dout.memory.template load_vector<8>(
+                mask ? dout.offset(vector_row(i), vector_column()) : 0, mask));
             float sum = 0.0f;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) sum += o[i] * x[i];
-            row_sums.store(row, warp_sum<kLanes>(sum), column == 0);
+            for (int j = 0; j < 8; ++j) sum += left[j] * right[j];
+            row_sums.store(vector_row(i), warp_sum<kLanesOfRow>(sum), vector_column() == 0);
         }
         warp_barrier();
     }
