@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels import ops, reference, use_backend
-from gpt1_kernels.backends import BACKENDS, launches, unavailable_reason
+from gpt1_kernels.backends import BACKENDS, _takes_dtype, launches, unavailable_reason
 from gpt1_kernels.numerics import assert_close
 from gpt1_kernels.rng import keep_mask
 
@@ -105,6 +105,17 @@ def on_backends(cases: Iterable[Case]):
 
 def backends_of(op: str) -> list[str]:
     return [name for name in BACKENDS if unavailable_reason(name, op, DEVICE) is None]
+
+
+def widest_dtype(backend: str, op: str) -> torch.dtype:
+    """fp32, or bf16 where a backend refuses it: conftest.py leaves out refused dtypes."""
+    return next(dtype for dtype in DTYPES if _takes_dtype(backend, op, dtype))
+
+
+def inputs_for(backend: str, case: Case) -> dict[str, Tensor]:
+    """The inputs of a case in the widest dtype that a backend takes."""
+    dtype = widest_dtype(backend, case.op)
+    return cast(case, dtype, dtype)
 
 
 def _generator(name: str, salt: int = 0) -> torch.Generator:

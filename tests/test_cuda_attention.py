@@ -10,7 +10,7 @@ import torch
 from benchmarks import roofline
 from gpt1_kernels import use_backend
 from gpt1_kernels.backends.cuda import attention, dropout, extension
-from tests.cases import P, SEED, cast, causal_attention, check_parity, results, upstream
+from tests.cases import SEED, P, cast, causal_attention, check_parity, results, upstream
 
 if (reason := extension.absence("cuda_host")) is not None:
     pytest.skip(f"backend cuda_host: {reason}", allow_module_level=True)

@@ -28,12 +28,14 @@ from tests.cases import (
     dropout_add_layer_norm,
     embedding,
     gelu_ffn,
+    inputs_for,
     layer_norm,
     linear_cross_entropy,
     on_backends,
     oracle_of,
     results,
     upstream,
+    widest_dtype,
 )
 
 SMALL = [
@@ -127,7 +129,8 @@ def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
 )
 @on_backends(SMALL)
 def test_row04_layouts(case, backend, layout):
-    inputs, dout = cast(case, torch.float32, torch.float32), upstream(case, torch.float32)
+    dtype = widest_dtype(backend, case.op)
+    inputs, dout = cast(case, dtype, dtype), upstream(case, dtype)
     strided = {k: in_layout(x, layout) if x.dim() > 1 else x for k, x in inputs.items()}
     first = next(iter(inputs))
     mixed = {**strided, first: inputs[first]}
@@ -137,7 +140,7 @@ def test_row04_layouts(case, backend, layout):
             actual = results(case.fused, arguments, dout)
             assert actual["out"].is_contiguous()
             for name, value in actual.items():
-                assert_close(name, value, plain[name], oracle[name], torch.float32)
+                assert_close(name, value, plain[name], oracle[name], dtype)
 
 
 EMPTY = {
@@ -181,7 +184,7 @@ SIZES = [
 
 @on_backends(SIZES)
 def test_row06_sizes_that_fit_no_tile(case, backend):
-    check_parity(case, backend, torch.float32)
+    check_parity(case, backend, widest_dtype(backend, case.op))
 
 
 @pytest.mark.parametrize("backend", backends_of("causal_attention"))
@@ -192,7 +195,7 @@ def test_row06_a_head_over_the_limit_is_right_or_refused(backend):
     else:
         message = f"'{backend}' was asked for but it takes a head_size of at most .*, not 300"
         with use_backend(backend), pytest.raises(ValueError, match=message):
-            case.fused(**case.inputs)
+            case.fused(**inputs_for(backend, case))
 
 
 @pytest.mark.parametrize("backend", backends_of("layer_norm"))
@@ -205,19 +208,26 @@ def test_row07_more_than_65535_rows(backend):
     torch.testing.assert_close(y[last], reference.layer_norm(x[last], w, w))
 
 
+SLOW_WITHOUT_A_GPU = ("triton", "cuda_host") if DEVICE == "cpu" else ()
+
+
 @pytest.mark.parametrize(
     "backend",
-    [  # the interpreter takes minutes for so many programs
-        pytest.param(name, marks=[pytest.mark.slow] if (name, DEVICE) == ("triton", "cpu") else [])
+    [  # without a GPU so many programs take minutes
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_WITHOUT_A_GPU else [])
         for name in backends_of("causal_attention")
     ],
 )
 def test_row07_more_than_65535_heads(backend):
-    q, k, v = torch.randn(3, 300, 3, 256, 16, device=DEVICE).unbind()
+    dtype = widest_dtype(backend, "causal_attention")
+    q, k, v = torch.randn(3, 300, 3, 256, 16, device=DEVICE).to(dtype).unbind()
     assert q.shape[0] * q.shape[2] > 65535
     with use_backend(backend):
         out = ops.causal_attention(q, k, v)
-    torch.testing.assert_close(out[-2:], reference.causal_attention(q[-2:], k[-2:], v[-2:]))
+    last = [x[-2:] for x in (q, k, v)]
+    plain = reference.causal_attention(*last)
+    oracle = reference.causal_attention(*(x.double() for x in last))
+    assert_close("out", out[-2:], plain, oracle, dtype)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -225,14 +235,15 @@ def test_row07_more_than_65535_heads(backend):
 def test_row08_bad_values_in_padding_stay_there(backend, bad):
     case = causal_attention("padded", 2, 40, 40, 2, 16, 0.1, padding=[0, 9])
     dout = upstream(case, torch.float32)
-    dirty = {k: x.clone() for k, x in case.inputs.items()}
+    inputs = inputs_for(backend, case)
+    dirty = {k: x.clone() for k, x in inputs.items()}
     for x in (*dirty.values(), dout):
         x[1, :9] = bad
     clean_dout = dout.clone()
     clean_dout[1, :9] = 0
     with use_backend(backend):
         actual = results(case.fused, dirty, dout)
-        expected = results(case.fused, case.inputs, clean_dout)
+        expected = results(case.fused, inputs, clean_dout)
     assert_same(actual, expected)
 
 
@@ -240,21 +251,23 @@ def test_row08_bad_values_in_padding_stay_there(backend, bad):
 def test_row09_left_padding_equals_the_unpadded_run(backend):
     pad = 13
     short = causal_attention("unpadded", 1, 40, 40, 2, 16)
+    inputs = inputs_for(backend, short)
     padded = {
-        k: torch.cat([torch.randn(1, pad, 2, 16, device=DEVICE), x], 1)
-        for k, x in short.inputs.items()
+        k: torch.cat([torch.randn(1, pad, 2, 16, device=DEVICE).to(x.dtype), x], 1)
+        for k, x in inputs.items()
     }
     first_key = torch.tensor([pad], dtype=torch.int32, device=DEVICE)
-    dout = upstream(short, torch.float32)
+    dtype = widest_dtype(backend, short.op)
+    dout = upstream(short, dtype)
     with use_backend(backend):
-        expected = results(short.fused, short.inputs, dout)
         actual = results(
             partial(ops.causal_attention, first_key=first_key), padded,
             torch.cat([torch.ones(1, pad, 2, 16, device=DEVICE), dout], 1),
         )  # fmt: skip
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name][:, pad:], value)
-        assert not actual[name][:, :pad].any(), name
+    plain, oracle = results(short.reference, inputs, dout), oracle_of(short, inputs, dout)
+    for name, value in actual.items():
+        assert_close(name, value[:, pad:], plain[name], oracle[name], dtype)
+        assert not value[:, :pad].any(), name
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -313,37 +326,39 @@ def test_row12_uneven_upstream_gradient(case, backend, dtype):
 
 @on_backends(SMALL)
 def test_row13_no_grad_gives_the_same_output(case, backend, launches):
+    inputs = inputs_for(backend, case)
     with use_backend(backend):
-        expected = results(case.fused, case.inputs)["out"]
+        expected = results(case.fused, inputs)["out"]
         launches.clear()
         with torch.no_grad():
-            actual = case.fused(**case.inputs)
+            actual = case.fused(**inputs)
     assert torch.equal(actual, expected)
     assert not [name for _, name in launches if "bwd" in name or "scale_gradients" in name]
 
 
 @on_backends(SMALL)
 def test_row13_a_frozen_input_changes_no_other_gradient(case, backend):
-    dout = upstream(case, torch.float32)
+    inputs, dout = inputs_for(backend, case), upstream(case, torch.float32)
     with use_backend(backend):
-        expected = results(case.fused, case.inputs, dout)
-        for frozen in case.inputs if len(case.inputs) > 1 else ():
-            others = {k: x for k, x in case.inputs.items() if k != frozen}
-            function = partial(case.fused, **{frozen: case.inputs[frozen].detach()})
+        expected = results(case.fused, inputs, dout)
+        for frozen in inputs if len(inputs) > 1 else ():
+            others = {k: x for k, x in inputs.items() if k != frozen}
+            function = partial(case.fused, **{frozen: inputs[frozen].detach()})
             actual = results(function, others, dout)
             assert_same({**expected, **actual}, expected)
 
 
 @on_backends(SMALL)
 def test_row14_two_backwards_leave_the_inputs_unchanged(case, backend):
-    leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    inputs = inputs_for(backend, case)
+    leaves = {k: x.clone().requires_grad_() for k, x in inputs.items()}
     with use_backend(backend):
         out = case.fused(**leaves)
         once = torch.autograd.grad(out.sum(), list(leaves.values()), retain_graph=True)
         twice = torch.autograd.grad(out.sum() * 2, list(leaves.values()))
     for name, first, second in zip(leaves, once, twice, strict=True):
         torch.testing.assert_close(second, 2 * first, msg=name)
-        assert torch.equal(leaves[name], case.inputs[name])
+        assert torch.equal(leaves[name], inputs[name])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -427,30 +442,29 @@ def test_row17_constant_rows(backend, dtype):
 
 @on_backends(WITH_DROPOUT)
 def test_row18_dropout_at_zero_draws_nothing(case, backend):
-    without = partial(case.fused, dropout_p=0.0)
+    inputs, without = inputs_for(backend, case), partial(case.fused, dropout_p=0.0)
     with use_backend(backend):
-        assert_same(
-            results(without, case.inputs), results(partial(without, seed=None), case.inputs)
-        )
+        assert_same(results(without, inputs), results(partial(without, seed=None), inputs))
 
 
 @on_backends(WITH_DROPOUT)
 def test_row18_a_new_step_draws_new_bits(case, backend):
-    next_step = SEED + torch.tensor([0, 1], device=DEVICE)
+    inputs, next_step = inputs_for(backend, case), SEED + torch.tensor([0, 1], device=DEVICE)
     with use_backend(backend):
-        one = results(case.fused, case.inputs)
-        other = results(partial(case.fused, seed=next_step), case.inputs)
+        one = results(case.fused, inputs)
+        other = results(partial(case.fused, seed=next_step), inputs)
     assert not torch.equal(one["out"], other["out"])
 
 
 @pytest.mark.parametrize("p", [1.0, 1 - 1e-6])
 @on_backends(WITH_DROPOUT)
 def test_row18_everything_dropped(case, backend, p):
+    inputs = inputs_for(backend, case)
     with use_backend(backend):
-        actual = results(partial(case.fused, dropout_p=p), case.inputs)
+        actual = results(partial(case.fused, dropout_p=p), inputs)
         if case.op == "dropout_add_layer_norm":
-            undropped = {k: case.inputs[k] for k in ("w", "b")}
-            x = case.inputs["residual"]
+            undropped = {k: inputs[k] for k in ("w", "b")}
+            x = inputs["residual"]
             assert_same({"out": ops.layer_norm(x, **undropped)}, {"out": actual["out"]})
             assert not actual["x"].any()
             assert not actual["x_bias"].any()
@@ -461,12 +475,12 @@ def test_row18_everything_dropped(case, backend, p):
 @on_backends(WITH_DROPOUT)
 def test_row18_backward_uses_the_bits_of_forward(case, backend):
     """The oracle's gradient drops by the stream's own definition of the bits."""
-    check_parity(case, backend, torch.float32)
+    check_parity(case, backend, widest_dtype(backend, case.op))
 
 
 @on_backends(SMALL)
 def test_row20_double_backward_names_the_op(case, backend):
-    leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    leaves = {k: x.clone().requires_grad_() for k, x in inputs_for(backend, case).items()}
     with use_backend(backend):
         out = case.fused(**leaves).sum()
         with pytest.raises(RuntimeError, match=f"{case.op}.* has no double backward"):
