@@ -14,7 +14,7 @@ from gpt1_kernels import backends
 
 
 def pytest_collection_modifyitems(items):
-    """Leaves out a dtype that a backend refuses, as the CUDA kernels of products refuse fp32."""
+    """Leaves out what a backend refuses: fp32 products, of kernels with the matrix units alone."""
     items[:] = [item for item in items if not _is_refused(getattr(item, "callspec", None))]
 
 

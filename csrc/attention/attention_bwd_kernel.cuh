@@ -9,6 +9,8 @@ namespace gpt1 {
 /// A block owns a head with up to 512 queries. It walks over tiles of keys and, for each, over the tiles
 /// of queries that see them, with five products a pair of tiles where two kernels need seven. dQ is
 /// summed in shared memory, where each of its numbers has one owner among the threads.
+///
+/// On sm_90: 255 registers and 218 KB of shared memory, so one block per processor.
 template <class T>
 struct AttentionBackward {
     struct Params : AttentionProblem {

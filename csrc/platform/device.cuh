@@ -32,6 +32,19 @@ struct Pair {
     float low, high;
 };
 
+template <class To, class From>
+__device__ __forceinline__ To same_bits(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+/// N elements of type T in registers, as what CUDA loads and stores with one instruction.
+template <class T, int N>
+using WordsOf = std::conditional_t<N * sizeof(T) == 16, uint4,
+                                   std::conditional_t<N * sizeof(T) == 8, uint2, std::uint32_t>>;
+
 // --- indices ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int thread_index() { return threadIdx.x; }
@@ -82,15 +95,25 @@ public:
     template <int N>
     __device__ __forceinline__ Vector<std::remove_const_t<T>, N> load_vector(
         std::int64_t i, bool mask = true, Site = Site::current()) const {
-        Vector<std::remove_const_t<T>, N> value{};
-        if (mask) value = *reinterpret_cast<const Vector<std::remove_const_t<T>, N>*>(data_ + i);
-        return value;
+        // As words: of a vector of 2-byte elements, the compiler would give each a register of its own
+        // where the masked-out zeros come in, and so wait for the load right there.
+        WordsOf<T, N> words{};
+        if (mask) words = *reinterpret_cast<const WordsOf<T, N>*>(data_ + i);
+        return same_bits<Vector<std::remove_const_t<T>, N>>(words);
     }
 
     template <int N>
     __device__ __forceinline__ void store_vector(
         std::int64_t i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
-        if (mask) *reinterpret_cast<Vector<T, N>*>(data_ + i) = value;
+        const WordsOf<T, N> words = same_bits<WordsOf<T, N>>(value);
+        if (!mask) return;
+        if constexpr (sizeof(words) == 16) {  // of an assignment the compiler may make four stores
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(data_ + i), "r"(words.x),
+                         "r"(words.y), "r"(words.z), "r"(words.w)
+                         : "memory");
+        } else {
+            *reinterpret_cast<WordsOf<T, N>*>(data_ + i) = words;
+        }
     }
 
     __device__ __forceinline__ T* address(std::int64_t i) const { return data_ + i; }
@@ -114,15 +137,15 @@ public:
 
     template <int N>
     __device__ __forceinline__ Vector<T, N> load_vector(int i, bool mask = true, Site = Site::current()) const {
-        Vector<T, N> value{};
-        if (mask) value = *reinterpret_cast<const Vector<T, N>*>(data_ + i);
-        return value;
+        WordsOf<T, N> words{};
+        if (mask) words = *reinterpret_cast<const WordsOf<T, N>*>(data_ + i);
+        return same_bits<Vector<T, N>>(words);
     }
 
     template <int N>
     __device__ __forceinline__ void store_vector(
         int i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
-        if (mask) *reinterpret_cast<Vector<T, N>*>(data_ + i) = value;
+        if (mask) *reinterpret_cast<WordsOf<T, N>*>(data_ + i) = same_bits<WordsOf<T, N>>(value);
     }
 
     /// The `count` elements from `first` on.
@@ -156,9 +179,9 @@ template <class T>
 __device__ __forceinline__ void copy_async(
     const Shared<std::remove_const_t<T>>& to, int i, const Global<T>& from, std::int64_t j,
     bool mask = true, Site = Site::current()) {
-    // With a source size of 0 nothing is read, and 16 zero bytes are written.
+    // With a source size of 0 nothing is read, wherever the address is, and 16 zero bytes are written.
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to.address(i)),
-                 "l"(from.address(mask ? j : 0)), "r"(mask ? 16 : 0)
+                 "l"(from.address(j)), "r"(mask ? 16 : 0)
                  : "memory");
 }
 
@@ -168,7 +191,7 @@ __device__ __forceinline__ void copy_async_word(
     bool mask = true, Site = Site::current()) {
     static_assert(sizeof(T) == 4);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to.address(i)),
-                 "l"(from.address(mask ? j : 0)), "r"(mask ? 4 : 0)
+                 "l"(from.address(j)), "r"(mask ? 4 : 0)
                  : "memory");
 }
 
@@ -202,14 +225,6 @@ __device__ __forceinline__ T from_float(float x) {
     else return x;
 }
 
-template <class To, class From>
-__device__ __forceinline__ To same_bits(const From& from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    memcpy(&to, &from, sizeof(To));
-    return to;
-}
-
 /// Two elements of 2 bytes in a register, `low` first in memory.
 template <class T>
 __device__ __forceinline__ std::uint32_t pack(float low, float high) {
@@ -233,7 +248,11 @@ __device__ __forceinline__ float fast_exp2(float x) {
     return y;
 }
 
-__device__ __forceinline__ float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // --- matrices --------------------------------------------------------------------------------------
 
