@@ -52,7 +52,7 @@ rule cu
 rule link
   command = $nvcc -shared -nodlink -cudart=static $in -o $out
 rule cu_on_host
-  command = $cxx $cxx_flags -MD -MF $out.d -x c++ -c $in -o $out
+  command = $cxx $cxx_flags -Wno-unknown-pragmas -MD -MF $out.d -x c++ -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link_on_host

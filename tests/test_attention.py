@@ -15,9 +15,11 @@ from tests.cases import (
     causal_attention,
     causal_attention_qkvpacked,
     check_parity,
+    inputs_for,
     on_backends,
     results,
     upstream,
+    widest_dtype,
 )
 
 SHORT = [
@@ -73,7 +75,8 @@ def test_two_runs_are_bit_equal(case, backend):
 
 @pytest.mark.parametrize("backend", backends_of("causal_attention"))
 def test_packed_and_separate_give_the_same_bits(backend):
-    qkv = torch.randn(2, 70, 3 * 2 * 32, device=DEVICE)
+    dtype = widest_dtype(backend, "causal_attention")
+    qkv = torch.randn(2, 70, 3 * 2 * 32, device=DEVICE).to(dtype)
     dout = torch.randn(2, 70, 2 * 32, device=DEVICE)
 
     def separate(qkv):
@@ -93,13 +96,13 @@ def test_packed_and_separate_give_the_same_bits(backend):
 def test_a_head_of_one_column_is_a_head_with_zeros_beside_it(backend):
     """Parity says little of rows of one number, many of which are next to 0."""
     case = causal_attention("one-column", 1, 33, 33, 1, 1, P, scale=0.7)
-    dout = upstream(case, torch.float32)
+    inputs, dout = inputs_for(backend, case), upstream(case, torch.float32)
     wide, wide_dout = (
         {name: torch.nn.functional.pad(x, (0, 15)) for name, x in tensors.items()}
-        for tensors in (case.inputs, {"dout": dout})
+        for tensors in (inputs, {"dout": dout})
     )
     with use_backend(backend):
-        actual = results(case.fused, case.inputs, dout)
+        actual = results(case.fused, inputs, dout)
         expected = results(case.fused, wide, wide_dout["dout"])
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value[..., :1])
@@ -108,10 +111,10 @@ def test_a_head_of_one_column_is_a_head_with_zeros_beside_it(backend):
 @pytest.mark.parametrize("backend", backends_of("causal_attention"))
 def test_positions_may_be_far_apart_in_memory(backend):
     case = causal_attention("far-apart", 1, 3, 3, 1, 16)
-    far = {name: torch.empty(3, 2**23, device=DEVICE)[:, :16] for name in case.inputs}
-    far = {name: x.view(1, 3, 1, 16).copy_(case.inputs[name]) for name, x in far.items()}
+    near = inputs_for(backend, case)
+    far = {name: x.new_empty(3, 2**23)[:, :16].view(x.shape).copy_(x) for name, x in near.items()}
     with use_backend(backend):
-        expected, actual = (results(case.fused, inputs) for inputs in (case.inputs, far))
+        expected, actual = (results(case.fused, inputs) for inputs in (near, far))
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
@@ -134,12 +137,13 @@ def test_a_row_that_sees_one_key_has_no_gradient_of_its_scores(backend, p):
 def test_bad_values_in_padding_that_fills_tiles_stay_there(backend, bad):
     case = causal_attention("bad-tiles", 2, 300, 300, 1, 16, P, padding=[0, 263])
     dout = upstream(case, torch.float32)
-    dirty = {name: x.clone() for name, x in case.inputs.items()}
+    inputs = inputs_for(backend, case)
+    dirty = {name: x.clone() for name, x in inputs.items()}
     for x in (*dirty.values(), dout):
         x[1, :263] = bad
     with use_backend(backend):
         actual = results(case.fused, dirty, dout)
-        expected = results(case.fused, case.inputs, dout.nan_to_num(0, 0, 0))
+        expected = results(case.fused, inputs, dout.nan_to_num(0, 0, 0))
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.launchers import OVER_LENGTHS
 from gpt1_kernels import GPT1LMHeadModel, ops, use_backend
-from tests.cases import DEVICE, PARITY, SEED, cast, on_backends, results, upstream
+from tests.cases import DEVICE, PARITY, SEED, cast, inputs_for, on_backends, results, upstream
 from tests.models import T, config, randomised, tokens, with_dropout
 
 SMALL_CASES = [
@@ -62,7 +62,7 @@ def test_row21_opcheck(case, backend):
 @on_backends(SMALL_CASES)
 def test_row21_fullgraph(case, backend):
     """`backend="aot_eager"` traces forward and backward without generating code."""
-    inputs, dout = cast(case, torch.float32, torch.float32), upstream(case, torch.float32)
+    inputs, dout = inputs_for(backend, case), upstream(case, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda **leaves: case.fused(**leaves), fullgraph=True, backend="aot_eager"

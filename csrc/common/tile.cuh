@@ -27,18 +27,19 @@ struct Tile {
         return row * kColumns + (column / 8 ^ row / (8 / kPermuted) % kPermuted) * 8;
     }
 
-    /// Starts to copy a matrix's (rows, columns), zeros beyond; all kThreads threads take part.
-    /// Rows start at multiples of 16 bytes, and columns is a multiple of 8.
+    /// Starts to copy a matrix's (rows, columns), zeros beyond and in rows before `first_row`; all
+    /// kThreads threads take part. Rows start at multiples of 16 bytes, and columns is a multiple of 8.
     template <int kThreads>
     __device__ __forceinline__ void fetch(
-        const Global<const T>& from, std::int64_t first, std::int64_t stride, int rows, int columns) const {
+        const Global<const T>& from, std::int64_t first, std::int64_t stride, int rows, int columns,
+        int first_row = 0) const {
 #pragma unroll
         for (int start = 0; start < kRows * kChunks; start += kThreads) {
             const int chunk = start + thread_index();
             const int row = chunk / kChunks, column = chunk % kChunks * 8;
             if (kRows * kChunks % kThreads != 0 && chunk >= kRows * kChunks) break;
             copy_async(memory, offset(row, column), from, first + row * stride + column,
-                       row < rows && column < columns);
+                       row >= first_row && row < rows && column < columns);
         }
     }
 

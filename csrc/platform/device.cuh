@@ -178,6 +178,16 @@ __device__ __forceinline__ void copy_async(
                  : "memory");
 }
 
+template <class T>
+__device__ __forceinline__ void copy_async_word(
+    const Shared<std::remove_const_t<T>>& to, int i, const Global<T>& from, std::int64_t j,
+    bool mask = true, Site = Site::current()) {
+    static_assert(sizeof(T) == 4);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to.address(i)),
+                 "l"(from.address(j)), "r"(mask ? 4 : 0)
+                 : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 template <int kOpenGroups>

@@ -44,13 +44,13 @@ float to_float(fp16 x) {
 
 namespace host {
 
-int processors = 2;
+int processors = 2, shared_memory = 99 * 1024;
 
 }  // namespace host
 
 int processors(int) { return host::processors; }
 
-int shared_memory_limit(int) { return 99 * 1024; }
+int shared_memory_limit(int) { return host::shared_memory; }
 
 void prepare(int) {}
 

@@ -66,6 +66,9 @@ Pair unpack(std::uint32_t word) {
     return {to_float(low), to_float(high)};
 }
 
+using std::max;
+using std::min;
+
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 
@@ -243,6 +246,14 @@ void copy_async(const Shared<std::remove_const_t<T>>& to, std::int64_t i, const 
     host::start_copy(to.access(host::Kind::kWrite, i, count, true), mask ? from.address(j) : nullptr, site);
 }
 
+template <class T>
+void copy_async_word(const Shared<std::remove_const_t<T>>& to, std::int64_t i, const Global<T>& from,
+                     std::int64_t j, bool mask = true, Site site = Site::current()) {
+    static_assert(sizeof(T) == 4);
+    host::check(from.access(host::Kind::kRead, j, 1, mask), site);
+    host::start_copy(to.access(host::Kind::kWrite, i, 1, true), mask ? from.address(j) : nullptr, site);
+}
+
 inline void copy_async_commit() { host::commit_copies(); }
 
 template <int kOpenGroups>
@@ -367,10 +378,11 @@ void launch(std::int64_t grid, int shared_bytes, Stream, const typename Kernel::
 /// Two, so few that blocks walk over several tiles in a test, unless a test sets another number.
 int processors(int device);
 
-namespace host {
-extern int processors;
-}
-
+/// 99 KB, as the smallest chips have, unless a test sets another.
 int shared_memory_limit(int device);
+
+namespace host {
+extern int processors, shared_memory;
+}
 
 }  // namespace gpt1

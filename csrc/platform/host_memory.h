@@ -33,7 +33,7 @@ struct Access {
 /// Throws a Fault if the access is out of bounds, unaligned, or in conflict with another thread's.
 void check(const Access& access, const Site& site);
 
-/// Starts the copy of 16 bytes, or of zeros if `from` is null, to shared memory: until it has been
+/// Starts the copy of 4 or 16 bytes, or of zeros if `from` is null, to shared memory: until it has been
 /// waited for, the destination is NaN and out of bounds for everyone.
 void start_copy(const Access& to, const void* from, const Site& site);
 void commit_copies();

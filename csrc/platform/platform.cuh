@@ -10,6 +10,7 @@
 //                                        a masked-out access touches nothing, a load then gives 0
 //   SharedArena                          hands out the block's shared memory
 //   copy_async(shared, i, global, j)     16 bytes on their way while the thread goes on; zeros if masked
+//   copy_async_word(shared, i, global, j)       the same for 4 bytes
 //   copy_async_commit()  copy_async_wait<N>()     a group; until at most N of the thread's groups are open
 //   compare_exchange(global, i, expected, desired)   the only atomic: integers
 //
