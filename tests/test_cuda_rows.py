@@ -106,3 +106,18 @@ def test_the_first_id_out_of_range_is_kept(monkeypatch):
         )
     with pytest.raises(IndexError, match=r"embedding: id 77 is out of range \[0, 20\)"):
         errors.check_errors()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES[i] for i in (1, 3, 5, 6, 7, -1)], ids=lambda case: case.name
+)
+def test_no_two_lanes_meet_in_a_bank(case, dtype):
+    inputs = cast(case, dtype, dtype)
+    _cuda_host.count_traffic(True)
+    with use_backend("cuda_host"):
+        results(case.fused, inputs)
+    _cuda_host.count_traffic(False)
+    counted = _cuda_host.traffic().values()
+    assert sum(kernel["shared_accesses"] for kernel in counted) > 0
+    assert not any(kernel["conflicts_at"] for kernel in counted)
