@@ -103,8 +103,12 @@ def test_a_bias_and_a_scale(bias_dtype, K, dtype):
 
 @layouts
 @pytest.mark.parametrize(("M", "N"), [(8, 8), (136, 264)], ids=["one-tile", "tiles-share-blocks"])
-def test_long_sums_are_split(M, N, a_layout, b_layout, order):
-    a, b = operand(M, 4104, a_layout), operand(4104, N, b_layout)
+def test_long_sums_are_split(M, N, a_layout, b_layout):
+    check(operand(M, 4104, a_layout), operand(4104, N, b_layout))
+
+
+def test_parts_are_summed_in_a_fixed_order(order):
+    a, b = operand(8, 4104, "column"), operand(4104, 8, "row")
     assert torch.equal(check(a, b), check(a, b))
 
 
@@ -144,9 +148,26 @@ def test_threads_in_any_order(case, dtype, order):
 
 
 @dtypes
-def test_a_vocabulary_beyond_shared_memory(dtype):
+def test_a_vocabulary_beyond_shared_memory(dtype, order):
     """What a row has beyond 49152 logits is read again."""
-    check_parity(linear_cross_entropy("beyond", 3, 16, 49300), BACKEND, dtype)
+    N, V = 2, 49300
+    logits = torch.full((N, lce.padded_vocabulary(V)), torch.nan, device=DEVICE).to(dtype)
+    logits[:, :V] = 3 * torch.randn(N, V, device=DEVICE)
+    targets = torch.tensor([7, V - 1], device=DEVICE)
+    losses, lse = torch.empty(2, N, device=DEVICE)
+    leaf = logits[:, :V].double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
+    expected.sum().backward()
+
+    extension.launch(
+        "cross_entropy", logits, extension.DTYPE_CODES[dtype],
+        extension.view(logits), *logits.shape, V, extension.view(targets), (0, 0), (0, 0),
+        extension.view(losses), extension.view(lse), (0, 0), -100, True,
+    )  # fmt: skip
+    assert_close("losses", losses, expected.float(), expected, FP32)
+    assert_close("lse", lse, leaf.logsumexp(1).float(), leaf.logsumexp(1), FP32)
+    assert_close("gradient", logits[:, :V], leaf.grad.to(dtype), leaf.grad, dtype)
+    assert not logits[:, V:].any()
 
 
 NEEDS = {"x": (2, 0), "w_fc": (2, 0), "b_fc": (1, 1), "w_proj": (2, 0), "b_proj": (0, 1)}

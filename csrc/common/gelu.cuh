@@ -12,8 +12,8 @@ inline constexpr float kGeluCubic = 0.044715f;
 /// σ(2z).
 __device__ __forceinline__ float gelu_gate(float u) {
     constexpr float kLog2E = 1.4426950408889634f;
-    const float exponent = u * (-kTwiceSqrt2OverPi * kLog2E - kTwiceSqrt2OverPi * kLog2E * kGeluCubic * u * u);
-    return fast_reciprocal(1.0f + fast_exp2(exponent));
+    constexpr float kLinear = -kTwiceSqrt2OverPi * kLog2E;
+    return fast_reciprocal(1.0f + fast_exp2(u * (kLinear + kLinear * kGeluCubic * u * u)));
 }
 
 /// gelu'(u), of a gate that is gelu_gate(u).

@@ -35,7 +35,8 @@ struct ProductGrid {
     ProductGrid() = default;
     ProductGrid(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocks)
         : M(M), N(N), tiles_m(ceil_div(M, kBlockM)), tiles_n(ceil_div(N, kBlockN)),
-          steps(K > 0 ? ceil_div(K, kBlockK) : 1), share(blocks > 0 ? (all_steps() + blocks - 1) / blocks : 0) {}
+          steps(K > 0 ? ceil_div(K, kBlockK) : 1),
+          share(blocks > 0 ? (all_steps() + blocks - 1) / blocks : 0) {}
 
     __host__ __device__ std::int64_t tiles() const { return std::int64_t{tiles_m} * tiles_n; }
     __host__ __device__ std::int64_t all_steps() const { return tiles() * steps; }
@@ -61,8 +62,8 @@ public:
     /// Successive tiles lie below each other if kDown, else side by side; the first is at (row, column).
     __device__ __forceinline__ Fetch(const Operand<T>& from, std::int64_t row, std::int64_t column)
         : from_(from) {
-        row += thread_index() / AnyTile::kChunks;
-        column += thread_index() % AnyTile::kChunks * 8;
+        row += first_row();
+        column += first_column();
         offset_ = row * from.stride + column;
         rows_ = static_cast<int>(from.rows - row);
         columns_ = static_cast<int>(from.columns - column);
@@ -70,11 +71,12 @@ public:
 
     /// Starts the copies of the next tile.
     __device__ __forceinline__ void next(const AnyTile& tile) {
-        const int place = AnyTile::offset(thread_index() / AnyTile::kChunks, thread_index() % AnyTile::kChunks * 8);
+        const int place = AnyTile::offset(first_row(), first_column());
         std::int64_t offset = offset_;
 #pragma unroll
         for (int row = 0; row < AnyTile::kRows; row += kRowStep) {
-            copy_async(tile.memory, place + row * AnyTile::kColumns, from_.data, offset, row < rows_ && columns_ > 0);
+            copy_async(tile.memory, place + row * AnyTile::kColumns, from_.data, offset,
+                       row < rows_ && columns_ > 0);
             offset += kRowStep * from_.stride;
         }
         offset_ += kDown ? AnyTile::kRows * from_.stride : AnyTile::kColumns;
@@ -86,6 +88,9 @@ private:
     static constexpr int kRowStep = kThreads / AnyTile::kChunks;
     static_assert(kRowStep % 8 == 0);  // so that the rows of a thread are permuted alike
 
+    __device__ __forceinline__ static int first_row() { return thread_index() / AnyTile::kChunks; }
+    __device__ __forceinline__ static int first_column() { return thread_index() % AnyTile::kChunks * 8; }
+
     const Operand<T>& from_;
     std::int64_t offset_;
     int rows_, columns_;  // left from the next tile's chunk on
@@ -96,6 +101,9 @@ private:
 /// An operand is stored as itself or as its transpose. An `Epilogue` of a thread has kWidth neighbouring
 /// columns. For each row, `read` gets what it needs of memory, early, and `apply` the elements; `finish`
 /// ends the warp's 64 rows.
+///
+/// On 9.0: at most 254 registers and 64 KB, so two blocks to a processor. Of 165 to 191 instructions of a
+/// step, 64 are products.
 template <class T, bool kATransposed, bool kBTransposed, class Epilogue>
 struct Product {
     struct Params {
@@ -166,12 +174,18 @@ private:
         SharedArena arena;
         const Shared<T> tiles_a = arena.take<T>(kStages * TileA::kSize);
         const Shared<T> tiles_b = arena.take<T>(kStages * TileB::kSize);
-        const auto tile_a = [&](int stage) { return TileA{tiles_a.slice(stage * TileA::kSize, TileA::kSize)}; };
-        const auto tile_b = [&](int stage) { return TileB{tiles_b.slice(stage * TileB::kSize, TileB::kSize)}; };
+        const auto tile_a = [&](int stage) {
+            return TileA{tiles_a.slice(stage * TileA::kSize, TileA::kSize)};
+        };
+        const auto tile_b = [&](int stage) {
+            return TileB{tiles_b.slice(stage * TileB::kSize, TileB::kSize)};
+        };
 
         const std::int64_t k = std::int64_t{first_step} * kBlockK;
-        Fetch<T, TileA, kATransposed, kThreads> next_a(p.a, kATransposed ? k : first_m, kATransposed ? first_m : k);
-        Fetch<T, TileB, !kBTransposed, kThreads> next_b(p.b, kBTransposed ? first_n : k, kBTransposed ? k : first_n);
+        Fetch<T, TileA, kATransposed, kThreads> next_a(
+            p.a, kATransposed ? k : first_m, kATransposed ? first_m : k);
+        Fetch<T, TileB, !kBTransposed, kThreads> next_b(
+            p.b, kBTransposed ? first_n : k, kBTransposed ? k : first_n);
         const auto fetch = [&](int stage, bool any) {
             if (any) {
                 next_a.next(tile_a(stage));
@@ -231,7 +245,7 @@ private:
     static constexpr int kStripSize = kStripRows * kStripStride;
     static_assert(4 * kStripSize * sizeof(float) <= kMaxSharedBytes);
 
-    /// Of an element whose column is a multiple of 2; without bank conflicts for two neighbours, four, or eight.
+    /// Of an element whose column is a multiple of 2; no bank conflicts for 2, 4 or 8 neighbours to a thread.
     __device__ __forceinline__ static int strip_offset(int row, int column) {
         return row * kStripStride + (column / 4 ^ column / 32) * 4 + column % 4;
     }
@@ -271,7 +285,8 @@ private:
                 Vector<float, kWidth> x;
 #pragma unroll
                 for (int j = 0; j < kWidth; j += 4) {
-                    const auto four = strip.load_vector<4>(strip_offset(i * kRows + lane / kLanes, column + j));
+                    const int row = i * kRows + lane / kLanes;
+                    const auto four = strip.template load_vector<4>(strip_offset(row, column + j));
 #pragma unroll
                     for (int k = 0; k < 4; ++k) x[j + k] = four[k];
                 }
@@ -284,7 +299,7 @@ private:
 };
 
 /// Adds a tile's parts in order and hands the sums to an epilogue; a block owns 8 rows of a tile, a
-/// thread four neighbouring columns.
+/// thread four neighbouring columns. On 9.0: 36 registers.
 template <class Epilogue>
 struct SumParts {
     struct Params {

@@ -7,23 +7,28 @@ namespace gpt1 {
 void gelu_product(int dtype, Matrix a, Matrix b, bool b_transposed, Array bias, int bias_dtype, Matrix hidden,
                   Array pre, Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
-        FfnLaunch<decltype(element)>::gelu_product(a, b, b_transposed, bias, bias_dtype, hidden, pre, stream);
+        using Launch = FfnLaunch<decltype(element)>;
+        Launch::gelu_product(a, b, b_transposed, bias, bias_dtype, hidden, pre, stream);
     });
 }
 
 void dgelu_product(int dtype, Matrix a, Matrix b, bool b_transposed, Matrix pre, Array dpre, Array hidden,
                    Array partial_db, Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
-        FfnLaunch<decltype(element)>::dgelu_product(a, b, b_transposed, pre, dpre, hidden, partial_db, stream);
+        using Launch = FfnLaunch<decltype(element)>;
+        Launch::dgelu_product(a, b, b_transposed, pre, dpre, hidden, partial_db, stream);
     });
 }
 
 void column_sums(int dtype, Matrix x, Array sums, std::int64_t run, Stream stream) {
     dispatch(dtype, [&](auto element) {
-        using Kernel = ColumnSums<decltype(element)>;
+        using T = decltype(element);
+        using Kernel = ColumnSums<T>;
         const auto& [array, rows, columns, stride] = x;
-        typename Kernel::Params p{Global<const decltype(element)>(array), Global<float>(sums), rows, columns, stride, run};
-        const std::int64_t runs = (rows + run - 1) / run, strips = (columns + Kernel::kColumns - 1) / Kernel::kColumns;
+        const typename Kernel::Params p{
+            Global<const T>(array), Global<float>(sums), rows, columns, stride, run};
+        const std::int64_t runs = (rows + run - 1) / run;
+        const std::int64_t strips = (columns + Kernel::kColumns - 1) / Kernel::kColumns;
         launch<Kernel>(runs * strips, Kernel::kMaxSharedBytes, stream, p);
     });
 }

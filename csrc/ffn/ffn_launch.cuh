@@ -9,8 +9,8 @@ template <class T>
 struct FfnLaunch {
     static void gelu_product(const Matrix& a, const Matrix& b, bool b_transposed, Array bias, int bias_dtype,
                              const Matrix& hidden, Array pre, Stream stream);
-    static void dgelu_product(const Matrix& a, const Matrix& b, bool b_transposed, const Matrix& pre, Array dpre,
-                              Array hidden, Array partial_db, Stream stream);
+    static void dgelu_product(const Matrix& a, const Matrix& b, bool b_transposed, const Matrix& pre,
+                              Array dpre, Array hidden, Array partial_db, Stream stream);
 };
 
 }  // namespace gpt1

@@ -9,6 +9,9 @@ namespace gpt1 {
 
 /// A block owns a row and reads it once, into shared memory; a thread every 512th vector of 8 logits, its
 /// own throughout. What a row has beyond kHeldColumns is read again by each of the three passes.
+///
+/// On 9.0: 64 registers and 80 KB at GPT-1's vocabulary, so two blocks to a processor, of which one loads
+/// while the other computes.
 template <class T>
 struct CrossEntropy {
     struct Params {
@@ -52,14 +55,18 @@ struct CrossEntropy {
         copy_async_commit();
         copy_async_wait<0>();
         for (int column = first_column; column < held_columns; column += kStep) {
-            if (needs_mask(p, column, label)) held.store_vector(column, masked(p, held.template load_vector<kWidth>(column), column, label));
+            if (!needs_mask(p, column, label)) continue;
+            held.store_vector(column, masked(p, held.template load_vector<kWidth>(column), column, label));
         }
         const auto for_each = [&](auto visit) {
             int column = first_column;
 #pragma unroll 2
-            for (; column < held_columns; column += kStep) visit(column, held.template load_vector<kWidth>(column));
+            for (; column < held_columns; column += kStep) {
+                visit(column, held.template load_vector<kWidth>(column));
+            }
             for (; column < p.columns; column += kStep) {
-                visit(column, masked(p, p.logits.template load_vector<kWidth>(first + column), column, label));
+                const Logits x = p.logits.template load_vector<kWidth>(first + column);
+                visit(column, masked(p, x, column, label));
             }
         };
 
@@ -111,7 +118,10 @@ private:
     static constexpr int kStep = kThreads * kWidth;
 
     /// exp(x) of x ≤ 0. The difference of two logits is scaled, not each: theirs loses no digit.
-    __device__ __forceinline__ static float exponential(float x) { return fast_exp2(x * 1.4426950408889634f); }
+    __device__ __forceinline__ static float exponential(float x) {
+        constexpr float kLog2E = 1.4426950408889634f;
+        return fast_exp2(x * kLog2E);
+    }
 
     __device__ __forceinline__ static bool needs_mask(const Params& p, int column, int label) {
         return label / kWidth == column / kWidth || column + kWidth > p.V;
@@ -129,7 +139,8 @@ private:
     }
 };
 
-/// y = scale · x; a thread owns kVectors vectors, as wide as the wider type allows.
+/// y = scale · x; a thread owns kVectors vectors, as wide as the wider type allows. On 9.0: at most 50
+/// registers.
 template <class Out, class In>
 struct ScaleGradient {
     struct Params {

@@ -16,6 +16,7 @@ void cross_entropy(int dtype,
                    std::int64_t ignore_index, bool gradient, Stream stream);
 
 /// y = scale · x, of `count` elements; x may be y.
-void scale_gradient(int x_dtype, Array x, Array scale, int y_dtype, Array y, std::int64_t count, Stream stream);
+void scale_gradient(int x_dtype, Array x, Array scale, int y_dtype, Array y, std::int64_t count,
+                    Stream stream);
 
 }  // namespace gpt1

@@ -3,9 +3,9 @@
 
 namespace gpt1 {
 
-void cross_entropy(int dtype, Array logits, std::int64_t rows, std::int64_t columns, std::int64_t V, Array targets,
-                   Array weight, Array gain, Array losses, Array lse, Array error, std::int64_t ignore_index,
-                   bool gradient, Stream stream) {
+void cross_entropy(int dtype, Array logits, std::int64_t rows, std::int64_t columns, std::int64_t V,
+                   Array targets, Array weight, Array gain, Array losses, Array lse, Array error,
+                   std::int64_t ignore_index, bool gradient, Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
         using T = decltype(element);
         typename CrossEntropy<T>::Params p{};
@@ -20,23 +20,27 @@ void cross_entropy(int dtype, Array logits, std::int64_t rows, std::int64_t colu
         p.V = static_cast<int>(V);
         p.ignore_index = ignore_index;
         p.gradient = gradient;
-        const std::int64_t bytes = CrossEntropy<T>::kPartialBytes + columns * sizeof(T), most = CrossEntropy<T>::kMaxSharedBytes;
-        launch<CrossEntropy<T>>(rows, static_cast<int>(bytes < most ? bytes : most), stream, p);
+        using Kernel = CrossEntropy<T>;
+        const int held = p.columns < Kernel::kHeldColumns ? p.columns : Kernel::kHeldColumns;
+        launch<Kernel>(rows, Kernel::kPartialBytes + held * sizeof(T), stream, p);
     });
 }
 
-void scale_gradient(int x_dtype, Array x, Array scale, int y_dtype, Array y, std::int64_t count, Stream stream) {
+void scale_gradient(int x_dtype, Array x, Array scale, int y_dtype, Array y, std::int64_t count,
+                    Stream stream) {
     dispatch(x_dtype, [&](auto in) {
         dispatch(y_dtype, [&](auto out) {
             using In = decltype(in);
             using Out = decltype(out);
             if constexpr (std::is_same_v<In, float> || std::is_same_v<In, Out>) {
                 using Kernel = ScaleGradient<Out, In>;
-                const typename Kernel::Params p{Global<const In>(x), Global<const float>(scale), Global<Out>(y), count};
+                const typename Kernel::Params p{Global<const In>(x), Global<const float>(scale),
+                                                Global<Out>(y), count};
                 launch<Kernel>((count + Kernel::kBlock - 1) / Kernel::kBlock, 0, stream, p);
             } else {
-                throw std::invalid_argument("scale_gradient: " + shape_text("x_dtype", x_dtype, "y_dtype", y_dtype) +
-                                            ", expected fp32 to any, or a dtype to itself");
+                throw std::invalid_argument(
+                    "scale_gradient: " + shape_text("x_dtype", x_dtype, "y_dtype", y_dtype) +
+                    ", expected fp32 to any, or a dtype to itself");
             }
         });
     });

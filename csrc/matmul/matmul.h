@@ -6,7 +6,8 @@ namespace gpt1 {
 
 /// Of how many elements the fp32 workspace of `matmul` is, and how many blocks share the sums; (0, 0)
 /// where each block has a tile of its own.
-std::pair<std::int64_t, std::int64_t> split_of_matmul(std::int64_t M, std::int64_t N, std::int64_t K, int device);
+std::pair<std::int64_t, std::int64_t> split_of_matmul(
+    std::int64_t M, std::int64_t N, std::int64_t K, int device);
 
 /// out = scale · a b + bias, or out += scale · a b.
 void matmul(int dtype,

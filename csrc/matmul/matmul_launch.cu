@@ -28,8 +28,9 @@ void matmul(int dtype, Matrix a, bool a_transposed, Matrix b, bool b_transposed,
             Array bias, int bias_dtype, Array scale, bool accumulate, Array parts, std::int64_t blocks,
             Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
-        MatmulLaunch<decltype(element)>::start(a, a_transposed, b, b_transposed, out, out_dtype, bias, bias_dtype,
-                                               scale, accumulate, parts, blocks, stream);
+        using Launch = MatmulLaunch<decltype(element)>;
+        Launch::start(a, a_transposed, b, b_transposed, out, out_dtype, bias, bias_dtype, scale, accumulate,
+                      parts, blocks, stream);
     });
 }
 

@@ -7,9 +7,9 @@ namespace gpt1 {
 /// `matmul` of one type, each in a source file of its own.
 template <class T>
 struct MatmulLaunch {
-    static void start(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const Matrix& out,
-                      int out_dtype, Array bias, int bias_dtype, Array scale, bool accumulate, Array parts,
-                      std::int64_t blocks, Stream stream);
+    static void start(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed,
+                      const Matrix& out, int out_dtype, Array bias, int bias_dtype, Array scale,
+                      bool accumulate, Array parts, std::int64_t blocks, Stream stream);
 };
 
 }  // namespace gpt1

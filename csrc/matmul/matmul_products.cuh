@@ -9,7 +9,8 @@ namespace gpt1 {
 template <class T>
 void MatmulLaunch<T>::start(
     const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const Matrix& out, int out_dtype,
-    Array bias, int bias_dtype, Array scale, bool accumulate, Array parts, std::int64_t blocks, Stream stream) {
+    Array bias, int bias_dtype, Array scale, bool accumulate, Array parts, std::int64_t blocks,
+    Stream stream) {
     const auto& [array, M, N, stride] = out;
     const ProductGrid grid(M, N, a_transposed ? std::get<1>(a) : std::get<2>(a), blocks);
 

@@ -26,12 +26,16 @@ public:
 
     /// For columns n to n + kWidth − 1.
     __device__ __forceinline__ Store(const Params& p, std::int64_t n, bool inside)
-        : p_(p), n_(n), scale_(p.scale ? p.scale.load(0) : 1.0f), bias_(p.bias.template load<kWidth>(n, inside)) {}
+        : p_(p), n_(n), scale_(p.scale ? p.scale.load(0) : 1.0f),
+          bias_(p.bias.template load<kWidth>(n, inside)) {}
 
     /// What `out` holds so far.
     __device__ __forceinline__ Input read(std::int64_t m, bool inside) const {
-        if constexpr (kAccumulates) return p_.out.template load_vector<kWidth>(m * p_.stride + n_, inside && p_.accumulate);
-        else return {};
+        Input sum{};
+        if constexpr (kAccumulates) {
+            sum = p_.out.template load_vector<kWidth>(m * p_.stride + n_, inside && p_.accumulate);
+        }
+        return sum;
     }
 
     __device__ __forceinline__ void apply(std::int64_t m, Vector<float, kWidth>& x, const Input& sum) const {

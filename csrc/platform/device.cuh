@@ -105,7 +105,8 @@ public:
     template <int N>
     __device__ __forceinline__ void store_vector(
         std::int64_t i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
-        // An assignment may become as many stores as there are words; the intrinsic is one, written back as usual.
+        // An assignment may become as many stores as there are words; the intrinsic is one, and as usual
+        // written back.
         if (mask) __stwb(reinterpret_cast<WordsOf<T, N>*>(data_ + i), same_bits<WordsOf<T, N>>(value));
     }
 
@@ -129,7 +130,8 @@ public:
     }
 
     template <int N>
-    __device__ __forceinline__ Vector<T, N> load_vector(int i, bool mask = true, Site = Site::current()) const {
+    __device__ __forceinline__ Vector<T, N> load_vector(
+        int i, bool mask = true, Site = Site::current()) const {
         WordsOf<T, N> words{};
         if (mask) words = *reinterpret_cast<const WordsOf<T, N>*>(data_ + i);
         return same_bits<Vector<T, N>>(words);
