@@ -77,18 +77,13 @@ struct AttentionBackward {
                                   : max(head.first_query, start_n - head.past) / kQueries * kQueries;
             const auto fetch = [&](int start_m) {
                 const Stage to = stage(start_m);
-                const int rows = p.Tq - start_m, first_row = head.first_query - start_m;
-                to.q.template fetch<kThreads>(p.q.x, head.offset(p.q) + start_m * p.q.stride_t, p.q.stride_t,
-                                              rows, p.D, first_row);
-                to.dout.template fetch<kThreads>(p.dout.x, head.offset(p.dout) + start_m * p.dout.stride_t,
-                                                 p.dout.stride_t, rows, p.D, first_row);
+                fetch_rows<kThreads>(to.q, p.q, head, start_m, p.Tq, head.first_query, p.D);
+                fetch_rows<kThreads>(to.dout, p.dout, head, start_m, p.Tq, head.first_query, p.D);
                 Side::fetch_bits(p, head, to.bits, start_m, start_n);
                 if (start_n == first_tile) load_o(p, head, start_m, o);
             };
-            k.template fetch<kThreads>(p.k.x, head.offset(p.k) + start_n * p.k.stride_t, p.k.stride_t,
-                                       p.Tk - start_n, p.D, head.first_key - start_n);
-            v.template fetch<kThreads>(p.v.x, head.offset(p.v) + start_n * p.v.stride_t, p.v.stride_t,
-                                       p.Tk - start_n, p.D, head.first_key - start_n);
+            fetch_rows<kThreads>(k, p.k, head, start_n, p.Tk, head.first_key, p.D);
+            fetch_rows<kThreads>(v, p.v, head, start_n, p.Tk, head.first_key, p.D);
             if (start < p.Tq) fetch(start);
             copy_async_commit();
             FragmentC dk[kD / 8] = {}, dv[kD / 8] = {};
@@ -154,8 +149,8 @@ private:
     }
 
     /// delta of a tile of queries: the sums of dO ∘ O over its rows.
-    __device__ __forceinline__ static void add_up_rows(const QTile& dout, const Shared<float>& delta, int start_m,
-                                                       const Vector<T, 8> (&o)[2]) {
+    __device__ __forceinline__ static void add_up_rows(const QTile& dout, const Shared<float>& delta,
+                                                       int start_m, const Vector<T, 8> (&o)[2]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const Vector<float, 8> left = widen<T>(o[i]);
@@ -170,17 +165,17 @@ private:
 
     /// In a row that sees next to nothing the rounding of O would be most of dS. Where all its keys lie
     /// before `end`, and so here, delta is the mean of dP under P, exact where there is but one key.
-    __device__ __forceinline__ static void settle_few_keys(const Params& p, const AttentionHead& head,
-                                                           const Shared<float>& sums, const Shared<float>& delta,
-                                                           int start_m, int end, const FragmentC (&prob)[8],
-                                                           const FragmentC (&dp)[8]) {
+    __device__ __forceinline__ static void settle_few_keys(
+        const Params& p, const AttentionHead& head, const Shared<float>& sums, const Shared<float>& delta,
+        int start_m, int end, const FragmentC (&prob)[8], const FragmentC (&dp)[8]) {
         if (start_m + head.past < end) {
 #pragma unroll
             for (int m = 0; m < kQueries / 8; ++m) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    float total = prob[m].values[i] + prob[m].values[i + 2];
-                    float sum = prob[m].values[i] * dp[m].values[i] + prob[m].values[i + 2] * dp[m].values[i + 2];
+                    const float p0 = prob[m].values[i], p8 = prob[m].values[i + 2];
+                    float total = p0 + p8;
+                    float sum = p0 * dp[m].values[i] + p8 * dp[m].values[i + 2];
 #pragma unroll
                     for (int mask = 4; mask < 32; mask *= 2) {
                         total += shuffle_xor(total, mask);
@@ -206,7 +201,8 @@ private:
         barrier();  // delta is there for all
     }
 
-    __device__ __forceinline__ static void put_transposed(const FragmentC (&x)[kQueries / 8], const DsTile& ds) {
+    __device__ __forceinline__ static void put_transposed(const FragmentC (&x)[kQueries / 8],
+                                                          const DsTile& ds) {
         const int row = warp_index() * 16 + fragment_row();
 #pragma unroll
         for (int m = 0; m < kQueries / 8; ++m) {
@@ -234,9 +230,9 @@ private:
     }
 
     /// dQ += dS K: warps w and w + 4 share 16 queries, each with half of the columns.
-    __device__ __forceinline__ static void add_to_dq(const AttentionHead& head, const DsTile& ds, const KTile& k,
-                                                     const Shared<float>& dq, int start_m, int start_n,
-                                                     bool first_tile) {
+    __device__ __forceinline__ static void add_to_dq(const AttentionHead& head, const DsTile& ds,
+                                                     const KTile& k, const Shared<float>& dq, int start_m,
+                                                     int start_n, bool first_tile) {
         const int strip = warp_index() % 4 * 16, column = warp_index() / 4 * 32;
         // Other keys are not seen, and not all of dS is written.
         const int first = max(0, head.first_key - start_n) / 16 * 16;

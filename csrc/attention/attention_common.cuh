@@ -63,6 +63,15 @@ struct AttentionHead {
     }
 };
 
+/// Starts to copy the rows from `start` on of a head's (T, D), zeros from `end` on and before `first_row`.
+template <int kThreads, class T, int kRows, int kD>
+__device__ __forceinline__ void fetch_rows(const Tile<T, kRows, kD>& to, const Heads<const T>& from,
+                                           const AttentionHead& head, int start, int end, int first_row,
+                                           int columns) {
+    to.template fetch<kThreads>(from.x, head.offset(from) + start * from.stride_t, from.stride_t, end - start,
+                                columns, first_row - start);
+}
+
 /// The place of a thread's numbers in a (16, 8) fragment: rows row and row + 8, columns column and + 1.
 __device__ __forceinline__ int fragment_row() { return lane_index() / 4; }
 __device__ __forceinline__ int fragment_column() { return lane_index() % 4 * 2; }
@@ -115,7 +124,7 @@ private:
 template <class T, int kRows, int kD>
 __device__ __forceinline__ void store_strip(const Tile<T, kRows, kD>& tile, int row,
                                             const FragmentC (&x)[kD / 8], float factor, float factor_8,
-                                            const Heads<T>& to, const AttentionHead& head, int start, int T_,
+                                            const Heads<T>& to, const AttentionHead& head, int start, int length,
                                             int D) {
     warp_barrier();  // lanes may have read these rows
     const auto put = [&](int r, int column, float low, float high) {
@@ -134,7 +143,7 @@ __device__ __forceinline__ void store_strip(const Tile<T, kRows, kD>& tile, int 
         const int chunk = i + lane_index(), r = chunk / (kD / 8), column = chunk % (kD / 8) * 8;
         to.x.store_vector(first + r * to.stride_t + column,
                           tile.memory.template load_vector<8>(tile.offset(row + r, column)),
-                          start + row + r < T_ && column < D);
+                          start + row + r < length && column < D);
     }
 }
 

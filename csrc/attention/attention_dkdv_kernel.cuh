@@ -34,8 +34,8 @@ struct AttentionKeySide {
 
     /// sum (16, kD) += x y, of the rows from `first` on of y.
     template <int kColumns>
-    __device__ __forceinline__ static void add_product(const FragmentC (&x)[kColumns], const QTile& y, int first,
-                                                       FragmentC (&sum)[kD / 8]) {
+    __device__ __forceinline__ static void add_product(const FragmentC (&x)[kColumns], const QTile& y,
+                                                       int first, FragmentC (&sum)[kD / 8]) {
 #pragma unroll
         for (int m = 0; m < kColumns / 2; ++m) {
             const FragmentA left = as_left<T>(x[2 * m], x[2 * m + 1]);
@@ -67,8 +67,8 @@ struct AttentionKeySide {
     /// Turns scores of the queries from `first` on, `query` in the head, into P.
     template <int kColumns>
     __device__ __forceinline__ static void probabilities(const AttentionProblem& p, const AttentionHead& head,
-                                                         const Shared<float>& lse, int first, int query, int start_n,
-                                                         FragmentC (&s)[kColumns]) {
+                                                         const Shared<float>& lse, int first, int query,
+                                                         int start_n, FragmentC (&s)[kColumns]) {
         const float log2_scale = p.scale * kLog2E;
         const int first_key = start_n + warp_index() * 16, first_position = query + head.past;
 #pragma unroll
@@ -99,7 +99,8 @@ struct AttentionKeySide {
         const int word = warp_index() / 2, bit = warp_index() % 2 * 16 + fragment_row();
 #pragma unroll
         for (int m = 0; m < kColumns; ++m) {
-            const auto words = bits.template load_vector<2>(word * kBitsStride + first + m * 8 + fragment_column());
+            const int column = first + m * 8 + fragment_column();
+            const auto words = bits.template load_vector<2>(word * kBitsStride + column);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 if (!(words[i % 2] >> bit >> i / 2 * 8 & 1)) x[m].values[i] = 0.0f;
@@ -109,8 +110,9 @@ struct AttentionKeySide {
 
     /// Turns P and the dropped dP into dS.
     template <int kColumns>
-    __device__ __forceinline__ static void gradient(const AttentionProblem& p, const Shared<float>& delta, int first,
-                                                    FragmentC (&s)[kColumns], const FragmentC (&dp)[kColumns]) {
+    __device__ __forceinline__ static void gradient(const AttentionProblem& p, const Shared<float>& delta,
+                                                    int first, FragmentC (&s)[kColumns],
+                                                    const FragmentC (&dp)[kColumns]) {
 #pragma unroll
         for (int m = 0; m < kColumns; ++m) {
             const auto row_delta = delta.template load_vector<2>(first + m * 8 + fragment_column());
@@ -124,7 +126,7 @@ struct AttentionKeySide {
 
 /// A block owns a head's tile of keys, and walks over the queries that see them.
 ///
-/// On sm_90, with heads of 32, 64, 96 and 128: 126, 187, 239 and 254 registers; 36, 68, 50 and 66 KB of
+/// On sm_90, with heads of 32, 64, 96 and 128: 128, 187, 241 and 255 registers; 36, 68, 50 and 66 KB of
 /// shared memory. So two blocks per processor, but one with heads of 64.
 template <class T, int kD>
 struct AttentionBackwardDkDv {
@@ -181,24 +183,22 @@ struct AttentionBackwardDkDv {
         };
         const auto fetch = [&](int start_m) {
             const Stage to = stage(start_m);
-            const int rows = p.Tq - start_m, first_row = head.first_query - start_m;
-            to.q.template fetch<kThreads>(p.q.x, head.offset(p.q) + start_m * p.q.stride_t, p.q.stride_t, rows,
-                                          p.D, first_row);
-            to.dout.template fetch<kThreads>(p.dout.x, head.offset(p.dout) + start_m * p.dout.stride_t,
-                                             p.dout.stride_t, rows, p.D, first_row);
+            fetch_rows<kThreads>(to.q, p.q, head, start_m, p.Tq, head.first_query, p.D);
+            fetch_rows<kThreads>(to.dout, p.dout, head, start_m, p.Tq, head.first_query, p.D);
             Side::fetch_bits(p, head, to.bits, start_m, start_n);
             // Rows that do not exist or are padding have q = dO = delta = 0: any finite lse does.
             const int row = thread_index() % kQueries;
-            const bool mask = row >= first_row && row < rows;
-            const std::int64_t from = head.first_row + start_m + row;
-            if (thread_index() < kQueries) copy_async_word(to.lse, row, p.lse, from, mask);
-            else if (thread_index() < 2 * kQueries && p.dk) copy_async_word(to.delta, row, p.delta, from, mask);
+            const int query = start_m + row;
+            const bool mask = query >= head.first_query && query < p.Tq;
+            if (thread_index() < kQueries) {
+                copy_async_word(to.lse, row, p.lse, head.first_row + query, mask);
+            } else if (thread_index() < 2 * kQueries && p.dk) {
+                copy_async_word(to.delta, row, p.delta, head.first_row + query, mask);
+            }
         };
 
-        k.template fetch<kThreads>(p.k.x, head.offset(p.k) + start_n * p.k.stride_t, p.k.stride_t,
-                                   p.Tk - start_n, p.D, head.first_key - start_n);
-        v.template fetch<kThreads>(p.v.x, head.offset(p.v) + start_n * p.v.stride_t, p.v.stride_t,
-                                   p.Tk - start_n, p.D, head.first_key - start_n);
+        fetch_rows<kThreads>(k, p.k, head, start_n, p.Tk, head.first_key, p.D);
+        fetch_rows<kThreads>(v, p.v, head, start_n, p.Tk, head.first_key, p.D);
         if (start < p.Tq) fetch(start);
         copy_async_commit();
         FragmentC dk[kD / 8] = {}, dv[kD / 8] = {};

@@ -54,19 +54,13 @@ struct AttentionBackwardDq {
             return KTile{stages.slice(start_n / kKeys % kStages * KTile::kSize, KTile::kSize)};
         };
         const auto fetch = [&](int start_n) {
-            const int rows = p.Tk - start_n, first_row = head.first_key - start_n;
-            stage(k_stages, start_n).template fetch<kThreads>(
-                p.k.x, head.offset(p.k) + start_n * p.k.stride_t, p.k.stride_t, rows, p.D, first_row);
-            stage(v_stages, start_n).template fetch<kThreads>(
-                p.v.x, head.offset(p.v) + start_n * p.v.stride_t, p.v.stride_t, rows, p.D, first_row);
+            fetch_rows<kThreads>(stage(k_stages, start_n), p.k, head, start_n, p.Tk, head.first_key, p.D);
+            fetch_rows<kThreads>(stage(v_stages, start_n), p.v, head, start_n, p.Tk, head.first_key, p.D);
             bits.fetch(p, head, start_m, start_n, start_n == start);
         };
 
-        const int rows = p.Tq - start_m, first_row = head.first_query - start_m;
-        q.template fetch<kThreads>(p.q.x, head.offset(p.q) + start_m * p.q.stride_t, p.q.stride_t, rows, p.D,
-                                   first_row);
-        dout.template fetch<kThreads>(p.dout.x, head.offset(p.dout) + start_m * p.dout.stride_t,
-                                      p.dout.stride_t, rows, p.D, first_row);
+        fetch_rows<kThreads>(q, p.q, head, start_m, p.Tq, head.first_query, p.D);
+        fetch_rows<kThreads>(dout, p.dout, head, start_m, p.Tq, head.first_query, p.D);
         copy_async_commit();
         if (start < end) fetch(start);
         copy_async_commit();
@@ -82,7 +76,8 @@ struct AttentionBackwardDq {
         for (int half = 0; half < 2; ++half) {
             const int query = start_m + row + half * 8;
             // Rows that do not exist or are padding have q = dO = delta = 0: any finite lse does.
-            lse[half] = p.lse.load(head.first_row + query, query >= head.first_query && query < p.Tq) * kLog2E;
+            const bool mask = query >= head.first_query && query < p.Tq;
+            lse[half] = p.lse.load(head.first_row + query, mask) * kLog2E;
             delta[half] = row_sums.load(row + half * 8);
         }
 

@@ -61,11 +61,8 @@ struct AttentionForward {
             return KTile{stages.slice(start_n / kKeys % kStages * KTile::kSize, KTile::kSize)};
         };
         const auto fetch = [&](int start_n) {
-            const int rows = p.Tk - start_n, first_row = head.first_key - start_n;
-            stage(k_stages, start_n).template fetch<kThreads>(
-                p.k.x, head.offset(p.k) + start_n * p.k.stride_t, p.k.stride_t, rows, p.D, first_row);
-            stage(v_stages, start_n).template fetch<kThreads>(
-                p.v.x, head.offset(p.v) + start_n * p.v.stride_t, p.v.stride_t, rows, p.D, first_row);
+            fetch_rows<kThreads>(stage(k_stages, start_n), p.k, head, start_n, p.Tk, head.first_key, p.D);
+            fetch_rows<kThreads>(stage(v_stages, start_n), p.v, head, start_n, p.Tk, head.first_key, p.D);
             bits.fetch(p, head, start_m, start_n, start_n == start);
         };
 
@@ -76,8 +73,7 @@ struct AttentionForward {
             strips[i].row = (i == 0 ? warp_index() : 2 * kWarps - 1 - warp_index()) * 16;
             strips[i].largest[0] = strips[i].largest[1] = -kInfinity;
         }
-        q.template fetch<kThreads>(p.q.x, head.offset(p.q) + start_m * p.q.stride_t, p.q.stride_t,
-                                   p.Tq - start_m, p.D, head.first_query - start_m);
+        fetch_rows<kThreads>(q, p.q, head, start_m, p.Tq, head.first_query, p.D);
         if (start < end) fetch(start);
         copy_async_commit();
         for (int start_n = start; start_n < end; start_n += kKeys) {
@@ -89,7 +85,9 @@ struct AttentionForward {
 #pragma unroll 1
             for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
                 const int key = start_n + chunk;
-                const auto sees = [&](const Strip& strip) { return key <= start_m + strip.row + 15 + head.past; };
+                const auto sees = [&](const Strip& strip) {
+                    return key <= start_m + strip.row + 15 + head.past;
+                };
                 if (sees(strips[0])) {
                     attend<0>(p, head, strips, q, k, v, bits, start_m, key, chunk);
                 } else if (kStrips == 2 && sees(strips[kStrips - 1])) {
