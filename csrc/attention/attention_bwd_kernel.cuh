@@ -64,7 +64,6 @@ struct AttentionBackward {
         };
 
         // Rows that do not exist or are padding have q = dO = delta = 0: any finite lse does.
-#pragma unroll
         for (int row = thread_index(); row < kMostQueries; row += kThreads) {
             copy_async_word(lse, row, p.lse, head.first_row + row, row >= head.first_query && row < p.Tq);
         }
