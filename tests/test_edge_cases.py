@@ -124,12 +124,20 @@ def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-@on_backends(case for case in SMALL if "layer_norm" in case.op)
-def test_row04_parameters_with_gaps(case, backend):
-    inputs, dout = cast(case, torch.float32, torch.float32), upstream(case, torch.float32)
-    gaps = {k: x.repeat_interleave(2)[::2] if x.dim() == 1 else x for k, x in inputs.items()}
+def with_gaps(arguments: dict) -> dict:
+    """The same arguments, of which the vectors lie in every second place in memory."""
+    vectors = {k: x for k, x in arguments.items() if isinstance(x, torch.Tensor) and x.dim() == 1}
+    return arguments | {k: torch.stack([x, ~x.int()], 1)[:, 0] for k, x in vectors.items()}
+
+
+@on_backends([*SMALL, causal_attention("gaps", 2, 40, 40, 1, 16, 0.1, padding=[0, 9])])
+def test_row04_vectors_with_gaps(case, backend):
+    """Biases, gains, seeds, targets, first keys."""
+    inputs, dout = inputs_for(backend, case), upstream(case, torch.float32)
+    keywords = getattr(case.fused, "keywords", {})
+    gaps = partial(case.fused, **with_gaps(keywords))
     with use_backend(backend):
-        assert_same(results(case.fused, gaps, dout), results(case.fused, inputs, dout))
+        assert_same(results(gaps, with_gaps(inputs), dout), results(case.fused, inputs, dout))
 
 
 @pytest.mark.parametrize(

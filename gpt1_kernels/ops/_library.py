@@ -58,9 +58,11 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors]
 
 
-def last_contiguous(tensor: Tensor) -> Tensor:
+def last_contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself if its last axis is contiguous, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def matrix(tensor: Tensor) -> Tensor:

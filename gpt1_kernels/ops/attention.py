@@ -157,7 +157,7 @@ def causal_attention(
                               row_offset, first_key)  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     backend = resolve(op, q, head_size=q.shape[-1])
-    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
+    q, k, v, first_key = map(last_contiguous, (q, k, v, first_key))
     return _CausalAttention.apply(q, k, v, keep_bits, first_key, scale, dropout_p, backend)
 
 
@@ -193,7 +193,13 @@ def causal_attention_qkvpacked(
     scale = head_size**-0.5 if scale is None else scale
     backend = resolve("causal_attention", qkv, head_size=head_size)
     return _CausalAttentionQKVPacked.apply(
-        last_contiguous(qkv), n_head, keep_bits, first_key, scale, dropout_p, backend
+        last_contiguous(qkv),
+        n_head,
+        keep_bits,
+        last_contiguous(first_key),
+        scale,
+        dropout_p,
+        backend,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends import resolve
-from gpt1_kernels.ops._library import check_dropout, define
+from gpt1_kernels.ops._library import check_dropout, define, last_contiguous
 
 
 def _fake(seed, shape, p, row_offset, causal, backend):
@@ -51,4 +51,4 @@ def dropout_mask(
         rows = row_offset + count
     check_dropout("dropout_mask", p, seed, rows, seed)
     backend = resolve("dropout_mask", seed)
-    return _dropout_mask(seed, shape, p, row_offset, causal, backend)
+    return _dropout_mask(last_contiguous(seed), shape, p, row_offset, causal, backend)

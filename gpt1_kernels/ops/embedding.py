@@ -17,6 +17,7 @@ from gpt1_kernels.ops._library import (
     check_dtype,
     check_shape,
     define,
+    last_contiguous,
     once,
 )
 
@@ -141,7 +142,7 @@ def embedding(
     autocasting = torch.is_autocast_enabled(device)
     return _Embedding.apply(
         ids, w_token.contiguous(), w_position.contiguous(), position_ids, token_type_ids,
-        seed if dropout_p > 0.0 else None, dropout_p, row_offset,
+        last_contiguous(seed) if dropout_p > 0.0 else None, dropout_p, row_offset,
         torch.get_autocast_dtype(device) if autocasting else w_token.dtype,
         resolve(op, w_token),
     )  # fmt: skip

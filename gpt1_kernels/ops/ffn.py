@@ -102,5 +102,7 @@ def gelu_ffn(
     check_parameter(op, "b_proj", b_proj, x, w_proj.shape[1:])
     rows = last_contiguous(x.reshape(-1, x.shape[-1]))
     backend = resolve(op, x)
-    y = _GeluFFN.apply(rows, matrix(w_fc), b_fc, matrix(w_proj), b_proj, backend)
+    y = _GeluFFN.apply(
+        rows, matrix(w_fc), last_contiguous(b_fc), matrix(w_proj), last_contiguous(b_proj), backend
+    )
     return y.view(*x.shape[:-1], w_proj.shape[1])

@@ -198,8 +198,8 @@ def dropout_add_layer_norm(
     backend = resolve(op, x, width=x.shape[-1])
     y = _DropoutAddLayerNorm.apply(
         rows, last_contiguous(residual.reshape(rows.shape)),
-        *(v if v is None else last_contiguous(v) for v in (w, b, x_bias)),
-        seed if dropout_p > 0.0 else None, eps, dropout_p, row_offset, backend,
+        *map(last_contiguous, (w, b, x_bias, seed if dropout_p > 0.0 else None)),
+        eps, dropout_p, row_offset, backend,
     )  # fmt: skip
     return y.view(x.shape)
 
