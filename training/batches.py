@@ -54,14 +54,19 @@ class Batch:
                 continue
             here = slice(first, ends[examples[-1]])
             members = self.members[examples[0] : examples[-1] + 1]
-            yield first, replace(
-                self,
-                members=torch.where(members >= 0, members - first, -1),
-                labels=None if self.labels is None else self.labels[examples[0] : examples[-1] + 1],
-                **{
-                    name: getattr(self, name)[here]
-                    for name in ("input_ids", "extract", "lm_targets", "lm_weight")
-                },
+            yield (
+                first,
+                replace(
+                    self,
+                    members=torch.where(members >= 0, members - first, -1),
+                    labels=None
+                    if self.labels is None
+                    else self.labels[examples[0] : examples[-1] + 1],
+                    **{
+                        name: getattr(self, name)[here]
+                        for name in ("input_ids", "extract", "lm_targets", "lm_weight")
+                    },
+                ),
             )
             first = here.stop
 

@@ -28,8 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt1_kernels import GPT1LMHeadModel
-from gpt1_kernels.pretrained import WEIGHTS
+from gpt1_kernels.pretrained import WEIGHTS, PretrainedMixin
 from training.optim import load_optimizer_tensors, optimizer_tensors
 from training.store import sync
 from training.tokenizer import Tokenizer
@@ -71,7 +70,7 @@ class Checkpoint:
                 raise ValueError(f"{folder / name}: not as it was written")
         return cls(folder, step, state)
 
-    def restore(self, model: GPT1LMHeadModel, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, model: PretrainedMixin, optimizer: torch.optim.Optimizer) -> None:
         """Puts the weights and both moments back, bit for bit."""
         model.load_pretrained_state(load_file(self.folder / WEIGHTS))
         load_optimizer_tensors(model, optimizer, load_file(self.folder / OPTIMIZER))
@@ -115,7 +114,7 @@ class CheckpointWriter:
     def save(
         self,
         step: int,
-        model: GPT1LMHeadModel,
+        model: PretrainedMixin,
         optimizer: torch.optim.Optimizer,
         tokenizer: Tokenizer,
         state: Mapping[str, Any],
