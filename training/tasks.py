@@ -251,7 +251,7 @@ class Custom:
 
 
 def custom_task(custom: Custom) -> Task:
-    """The task that the options describe; `load` it from any folder.
+    """The task that the options describe, to be loaded from the folder `.`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -269,7 +269,7 @@ def custom_task(custom: Custom) -> Task:
             f"--custom.texts: {' '.join(custom.texts)}, expected {expected} for {custom.kind}"
         )
     form = Form(
-        {s: glob.escape(str(file.resolve())) for s, file in files.items() if file is not None},
+        {s: glob.escape(str(file)) for s, file in files.items() if file is not None},
         readers.by_suffix, custom.texts, custom.label,
         answers=custom.answers if len(custom.answers) > 1 else custom.answers[0],
     )  # fmt: skip
