@@ -16,12 +16,13 @@ import glob
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from training.readers import Row
+from training.readers import Row, RowError
 
 Kind = Literal["classification", "entailment", "similarity", "choice"]
 N_TEXTS = {"classification": (1,), "entailment": (2,), "similarity": (2,), "choice": (1, 2)}
@@ -94,10 +95,6 @@ class Task:
         return not self.labels
 
 
-class RowError(ValueError):
-    """A row that cannot be used; the message says where it is and why."""
-
-
 @dataclass(frozen=True)
 class TaskData:
     """The examples of a task by split; "test" is empty where there is none."""
@@ -105,8 +102,8 @@ class TaskData:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
-    skipped: tuple[str, ...] = ()
-    """Why rows were left out, if that was asked for."""
+    notes: tuple[str, ...] = ()
+    """Whence the validation examples are, if not from a file, and why rows were left out."""
 
 
 def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> TaskData:
@@ -125,19 +122,20 @@ def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> Tas
         ValueError: a row or a file that cannot be used; names the file and the line.
     """
     form = _form(task, folder)
-    skipped: list[str] = []
+    notes: list[str] = []
     splits = {
-        split: list(_examples(task, form, folder, split, skipped if skip_bad_rows else None))
+        split: list(_examples(task, form, folder, split, notes if skip_bad_rows else None))
         for split in SPLITS
         if split in form.files
     }
     train, validation = splits["train"], splits.get("validation", [])
     if "validation" not in form.files:
         train, validation = _hold_out(train, form.held_out)
+        notes.append(f"no file to validate on: held out {len(validation)} training examples")
     for split, examples in (("train", train), ("validation", validation)):
         if not examples:
             raise ValueError(f"{folder or 'the data set'}: no examples to {split} on")
-    return TaskData(train, validation, splits.get("test", []), tuple(skipped))
+    return TaskData(train, validation, splits.get("test", []), tuple(notes))
 
 
 def _form(task: Task, folder: Path | None) -> Form:
@@ -147,18 +145,17 @@ def _form(task: Task, folder: Path | None) -> Form:
         return task.hub
     if not folder.is_dir():
         raise FileNotFoundError(f"--data-dir: {folder} is no folder")
-    wanted = []
     for form in task.forms:
-        train = _by_subset(form.files["train"])
-        if _present(folder, train):
-            splits = ((split, _by_subset(files)) for split, files in form.files.items())
-            return replace(form, files={s: files for s, files in splits if _present(folder, files)})
-        wanted.append(" and ".join(train.values()))
+        present = {split: _present(folder, files) for split, files in form.files.items()}
+        if present["train"]:
+            return replace(form, files={split: files for split, files in present.items() if files})
+    wanted = [" or ".join(_by_subset(form.files["train"]).values()) for form in task.forms]
     raise FileNotFoundError(f"--data-dir: {folder} has neither {' nor '.join(wanted)}")
 
 
-def _present(folder: Path, files: Mapping[str, str]) -> bool:
-    return all(_matches(folder, pattern) for pattern in files.values())
+def _present(folder: Path, files: str | Mapping[str, str]) -> Mapping[str, str]:
+    """Those of a split's subsets that are there."""
+    return {s: pattern for s, pattern in _by_subset(files).items() if _matches(folder, pattern)}
 
 
 def _matches(folder: Path, pattern: str) -> list[Path]:
@@ -174,20 +171,19 @@ def _examples(
 ) -> Iterator[Example]:
     for subset, pattern in _by_subset(form.files[split]).items():
         files = [pattern] if folder is None else _matches(folder, pattern)
-        number = 0
-        for file in files:
-            for where, row in form.rows(file):
-                try:
-                    example = _example(task, form, where, row, labelled=split != "test")
-                except RowError as error:
-                    if skipped is None:
-                        raise
-                    skipped.append(str(error))
-                    continue
+        rows = chain.from_iterable(map(form.rows, files))
+        for number, (where, row) in enumerate(rows):
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                example = _example(task, form, where, row, labelled=split != "test")
                 if example is not None:
                     row_id = _cell(where, row, form.id) if form.id else number
                     yield replace(example, subset=subset, id=row_id)
-                number += 1
+            except RowError as error:
+                if skipped is None:
+                    raise
+                skipped.append(f"skipped: {error}")
 
 
 def _example(

@@ -244,8 +244,8 @@ def prepare(config: FinetuneConfig) -> Setup:
     else:
         task, folder = TASKS[config.task], config.data_dir
     data = load(task, folder, skip_bad_rows=config.skip_bad_rows)
-    for reason in data.skipped:
-        print(f"skipped: {reason}")
+    for note in data.notes:
+        print(note)
     if config.train_examples is not None and config.train_examples < len(data.train):
         kept = np.random.default_rng(0).permutation(len(data.train))[: config.train_examples]
         data = replace(data, train=[data.train[i] for i in sorted(kept)])

@@ -1,6 +1,7 @@
 """Rows of the files in which tasks are distributed: TSV, CSV, JSON, XML, Hugging Face data sets.
 
-Every reader yields (where, row): where the row is, for messages, and its values by column.
+Every reader yields (where, row): where the row is, for messages, and its values by column. A row
+that cannot be read comes as the `RowError` that says why, so that those after it can be.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-Row = tuple[str, Mapping[str, Any]]
+
+class RowError(ValueError):
+    """A row that cannot be used; the message says where it is and why."""
+
+
+Row = tuple[str, Mapping[str, Any] | RowError]
 
 
 def tsv(file: Path, columns: Sequence[str] = (), *, more: bool = False) -> Iterator[Row]:
@@ -24,7 +30,7 @@ def tsv(file: Path, columns: Sequence[str] = (), *, more: bool = False) -> Itera
         more: a row may have further cells.
 
     Raises:
-        ValueError: a row with too few or too many cells, or a file that is not UTF-8.
+        ValueError: a file that is not UTF-8.
     """
     lines = enumerate(_lines(file), 1)
     yield from _table(file, ((n, line.split("\t")) for n, line in lines), columns, more)
@@ -34,7 +40,7 @@ def csv_table(file: Path) -> Iterator[Row]:
     """Records of cells between commas, quoted where needed, below a header.
 
     Raises:
-        ValueError: as `tsv`, or a quotation that does not end.
+        ValueError: a file that is not UTF-8, or a quotation that does not end.
     """
     records = csv.reader((line + "\n" for line in _lines(file)), strict=True)
     try:
@@ -47,22 +53,28 @@ def json_lines(file: Path) -> Iterator[Row]:
     """A JSON object a line.
 
     Raises:
-        ValueError: a line that is none, or a file that is not UTF-8.
+        ValueError: a file that is not UTF-8.
     """
     for number, line in enumerate(_lines(file), 1):
-        yield f"{file}:{number}", _json_object(f"{file}:{number}", line)
+        where = f"{file}:{number}"
+        yield where, _json_object(where, line)
 
 
 def race_passage(file: Path) -> Iterator[Row]:
     """The questions of a passage of RACE, each with the passage's article.
 
     Raises:
-        ValueError: not JSON, or lists of different lengths.
+        ValueError: a file that is not UTF-8.
     """
     passage = _json_object(str(file), "\n".join(_lines(file)))
+    if isinstance(passage, RowError):
+        yield str(file), passage
+        return
     lists = [passage.get(name) for name in ("questions", "options", "answers")]
     if not all(isinstance(x, list) for x in lists) or len({*map(len, lists)}) != 1:
-        raise ValueError(f"{file}: expected lists questions, options, answers of one length")
+        message = f"{file}: expected lists questions, options, answers of one length"
+        yield str(file), RowError(message)
+        return
     for number, (question, options, answer) in enumerate(zip(*lists, strict=True)):
         yield f"{file}: question {number}", {
             "article": passage.get("article"), "question": question, "options": options,
@@ -151,21 +163,24 @@ def _table(
         if not columns or (number == 1 and not {*columns}.isdisjoint(cells)):
             columns, more = cells, False
             continue
+        where = f"{file}:{number}"
         if len(cells) < len(columns) or (len(cells) > len(columns) and not more):
-            raise ValueError(
-                f"{file}:{number}: {len(cells)} cells, expected the {len(columns)} of "
-                f"{', '.join(columns)}"
+            names = ", ".join(columns)
+            yield (
+                where,
+                RowError(f"{where}: {len(cells)} cells, expected the {len(columns)} of {names}"),
             )
-        yield f"{file}:{number}", dict(zip(columns, cells, strict=False))
+        else:
+            yield where, dict(zip(columns, cells, strict=False))
 
 
-def _json_object(where: str, text: str) -> Mapping[str, Any]:
+def _json_object(where: str, text: str) -> Mapping[str, Any] | RowError:
     try:
         row = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON, {error}") from None
+        return RowError(f"{where}: not JSON, {error}")
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: {type(row).__name__}, expected a JSON object")
+        return RowError(f"{where}: {type(row).__name__}, expected a JSON object")
     return row
 
 

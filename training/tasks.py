@@ -277,7 +277,8 @@ def custom_task(custom: Custom) -> Task:
     if not labels and custom.kind == "choice":
         labels = LETTERS
     elif not labels and custom.kind != "similarity":
-        rows = [row.get(custom.label) for _, row in readers.by_suffix(custom.train)]
-        labels = tuple(sorted({str(label).strip() for label in rows if label is not None}))
+        rows = (row for _, row in readers.by_suffix(custom.train) if isinstance(row, Mapping))
+        found = (row.get(custom.label) for row in rows)
+        labels = tuple(sorted({str(label).strip() for label in found if label is not None}))
     scores = ("accuracy",) if labels else ("pearson", "spearman")
     return Task(custom.kind, labels, scores, (form,), submission="predictions.tsv")

@@ -355,14 +355,23 @@ def test_parallel_files_of_different_lengths_or_missing_are_refused(tmp_path):
 
 
 def test_bad_rows_are_left_out_on_request_and_reported(tmp_path):
-    rows = ("a\t1", "b\t7", "\t0", "c\t0")
+    rows = ("a\t1", "b\t7", "\t0", "cut short", "c\t0")
     written(tmp_path, {"train.tsv": "\n".join(rows) + "\n", "dev.tsv": "d\t1\n"})
     data = load(TASKS["sst2"], tmp_path, skip_bad_rows=True)
-    assert [e.texts for e in data.train] == [("a",), ("c",)]
-    assert [reason.rsplit("/", 1)[1] for reason in data.skipped] == [
+    assert [(e.texts, e.id) for e in data.train] == [(("a",), 0), (("c",), 4)]
+    assert all(note.startswith("skipped: ") for note in data.notes)
+    assert [note.rsplit("/", 1)[1] for note in data.notes] == [
         "train.tsv:2: label is '7', expected one of 0, 1",
         "train.tsv:3: sentence is empty or not a text",
+        "train.tsv:4: 1 cells, expected the 2 of sentence, label",
     ]
+
+
+def test_subsets_that_are_not_there_are_not_missed(tmp_path):
+    files = {k: v for k, v in FORMS["mnli-glue"][1].items() if "mismatched" not in k}
+    data = load(TASKS["mnli"], written(tmp_path, files))
+    assert [e.subset for e in data.validation + data.test] == ["m", "m"]
+    assert data.notes == ()
 
 
 def test_a_folder_without_the_files_says_what_it_expected(tmp_path):
@@ -431,6 +440,7 @@ def test_without_a_validation_file_a_tenth_is_held_out_and_no_text_is_on_both_si
     train, held = ({e.texts[0] for e in x} for x in (first.train, first.validation))
     assert (len(train), len(held), train & held) == (90, 10, set())
     assert (len(first.train), len(first.validation)) == (360, 40)
+    assert first.notes == ("no file to validate on: held out 40 training examples",)
 
 
 CUSTOM_FILES = {
