@@ -87,7 +87,7 @@ def newest(folder: Path) -> Checkpoint | None:
     Raises:
         ValueError: there are checkpoints, and not one can be used.
     """
-    found = _checkpoints(folder)
+    found = checkpoints(folder)
     for candidate in reversed(found):
         try:
             return Checkpoint.open(candidate)
@@ -166,12 +166,12 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"{target}: the checkpoint could not be written, {error}") from error
-        for old in _checkpoints(self.folder)[: -self.keep or None] if self.keep else ():
+        for old in checkpoints(self.folder)[: -self.keep or None] if self.keep else ():
             _remove(old)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """By step, the oldest first."""
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run's `checkpoints/`, not verified, the oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 

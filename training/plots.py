@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -73,5 +74,26 @@ def plot_predictions(
         axis.grid(alpha=0.3)
     axis.set_xlabel("predicted class" if classes else "score")
     axis.set_ylabel("class" if classes else "predicted score")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def plot_zero_shot(rows: Sequence[Mapping[str, Any]], picture: Path) -> None:
+    """Draws scores between guessing (0) and the best other model (1) against updates.
+
+    Args:
+        rows: of the checkpoints in order: `step`, and `normalised` scores by task.
+    """
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    steps = [row["step"] for row in rows]
+    for name in rows[0]["normalised"]:
+        values = [row["normalised"][name] for row in rows]
+        axis.plot(steps, values, marker="o", markersize=3, label=name)
+    axis.set_xscale("log")
+    axis.set_xlabel("pre-training update")
+    axis.set_ylabel("score relative to the best other model")
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.grid(alpha=0.3)
+    axis.legend()
     figure.savefig(picture, dpi=120)
     plt.close(figure)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,34 @@ def parallel(file: Path, columns: Sequence[str]) -> Iterator[Row]:
         raise ValueError(f"{file.parent}: expected as many lines in each file, found {counts}")
     for number, cells in enumerate(zip(*lines, strict=True), 1):
         yield f"{file}:{number}", dict(zip(columns, cells, strict=True))
+
+
+def dprd_groups(file: Path) -> Iterator[Row]:
+    """Groups of five lines: a sentence, a pronoun, two candidates, the answer, and a blank one.
+
+    A row has what is `left` and `right` of the pronoun, where it first occurs as a word, the
+    `candidates`, and the `answer`, which is one of them.
+
+    Raises:
+        ValueError: a file that is not UTF-8.
+    """
+    lines = [line.strip() for line in _lines(file)]
+    for first in range(0, len(lines), 5):
+        where = f"{file}:{first + 1}"
+        sentence, pronoun, candidates, answer, blank = (lines[first : first + 5] + [""] * 5)[:5]
+        parts = re.split(rf"(?<!\w){re.escape(pronoun)}(?!\w)", sentence, maxsplit=1)
+        names = [name.strip() for name in candidates.split(",")]
+        by_lower = {name.lower(): name for name in names}
+        if not pronoun or len(parts) != 2 or answer.lower() not in by_lower or blank:
+            expected = (
+                "a sentence, a pronoun in it, candidates with commas, one of them, and a blank"
+            )
+            yield where, RowError(f"{where}: expected {expected}")
+        else:
+            yield where, {
+                "left": parts[0].strip(), "right": parts[1].strip(), "candidates": names,
+                "answer": by_lower[answer.lower()],
+            }  # fmt: skip
 
 
 def hub(split: str, name: str) -> Iterator[Row]:
