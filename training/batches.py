@@ -45,29 +45,22 @@ class Batch:
     def split(self, parts: int) -> Iterator[tuple[int, Batch]]:
         """Micro-batches of whole examples, each after the number of sequences before it.
 
-        All keep the length and the weights of the whole batch, so that their sums are its own.
+        All keep the length and the weights of the whole batch, so that their sums are its own. To
+        be called in host memory, for it looks at the numbers.
         """
         ends = (self.members >= 0).sum(1).cumsum(0).tolist()
         first = 0
-        for examples in np.array_split(np.arange(len(ends)), parts):
-            if not len(examples):
-                continue
+        for examples in np.array_split(np.arange(len(ends)), min(parts, len(ends))):
             here = slice(first, ends[examples[-1]])
-            members = self.members[examples[0] : examples[-1] + 1]
-            yield (
-                first,
-                replace(
-                    self,
-                    members=torch.where(members >= 0, members - first, -1),
-                    labels=None
-                    if self.labels is None
-                    else self.labels[examples[0] : examples[-1] + 1],
-                    **{
-                        name: getattr(self, name)[here]
-                        for name in ("input_ids", "extract", "lm_targets", "lm_weight")
-                    },
-                ),
+            members = self.members[examples]
+            by_sequence = ("input_ids", "extract", "lm_targets", "lm_weight")
+            part = replace(
+                self,
+                **{name: getattr(self, name)[here] for name in by_sequence},
+                members=torch.where(members >= 0, members - first, -1),
+                labels=None if self.labels is None else self.labels[examples],
             )
+            yield first, part
             first = here.stop
 
 

@@ -191,8 +191,8 @@ def _example(
 ) -> Example | None:
     """None for a row whose label is one of `unlabelled`, where labels are needed."""
     texts = tuple(
-        " ".join(_text(where, row, column) for column in columns.split("+"))
-        for columns in form.texts
+        " ".join(_text(where, row, x) for x in ([column] if column in row else column.split("+")))
+        for column in form.texts
     )
     answers, names = _answers(where, row, form, task)
     if not labelled and form.label not in row:
@@ -247,7 +247,7 @@ def _text(where: str, row: Mapping[str, Any], column: str) -> str:
 
 def _cell(where: str, row: Mapping[str, Any], column: str) -> Any:
     value: Any = row
-    for name in column.split("."):
+    for name in [column] if column in row else column.split("."):
         if not isinstance(value, Mapping) or name not in value:
             raise RowError(f"{where}: no column {column!r}, it has {', '.join(map(str, row))}")
         value = value[name]

@@ -133,7 +133,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
         examples, clock = 0, time.perf_counter()  # since the last line of the log
         for step in bar:
             rate = config.learning_rate * warmup_linear(step, config.warmup, total)
-            batch = collate([setup.train[i] for i in buckets.batch(step)]).to(config.device)
+            batch = collate([setup.train[i] for i in buckets.batch(step)])
             seeds = model.dropout_stream.seeds(step)
             losses = micro_losses(model, batch, seeds, config, task)
             update = apply_losses(model, optimizer, losses, rate, clip=config.clip)
@@ -198,8 +198,9 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
 def micro_losses(
     model: GPT1TaskModel, batch: Batch, seeds: Tensor, config: FinetuneConfig, task: Task
 ) -> Iterator[Tensor]:
-    """The paper's L3 = L2 + λ · L1 of a batch, micro-batch by micro-batch."""
+    """The paper's L3 = L2 + λ · L1 of a batch in host memory, micro-batch by micro-batch."""
     for first, part in batch.split(config.accumulate):
+        part = part.to(config.device)
         with autocast(config.device, config.dtype):
             output = model(
                 part.input_ids, part.extract, part.members,
@@ -289,11 +290,14 @@ def prepare(config: FinetuneConfig) -> Setup:
 def make_model(config: FinetuneConfig, setup: Setup) -> GPT1TaskModel:
     """A new model, drawn from torch's generator, with what --n-transfer takes from the old one."""
     shape, task = setup.shape, setup.task
+    extra = {k: v for k, v in shape.extra.items() if k not in ("id2label", "label2id")}
+    extra[HEAD_KEY] = "choice" if task.kind == "choice" else "sum"
+    if task.kind != "choice" and task.labels:
+        extra["id2label"] = {str(number): label for number, label in enumerate(task.labels)}
     model = GPT1TaskModel(
         replace(
             shape, vocab_size=setup.tokenizer.vocab_size + N_SPECIALS, num_labels=task.outputs,
-            summary_first_dropout=config.classifier_dropout,
-            extra={**shape.extra, HEAD_KEY: "choice" if task.kind == "choice" else "sum"},
+            summary_first_dropout=config.classifier_dropout, extra=extra,
         )
     )  # fmt: skip
     blocks = shape.n_layer if config.n_transfer is None else config.n_transfer

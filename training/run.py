@@ -8,11 +8,13 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from training.checkpoint import MANIFEST, Checkpoint, newest
 from training.config import PretrainConfig
-from training.finetune_config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from training.finetune_config import FinetuneConfig
 
 CHECKPOINTS, CONFIG, RESULT = "checkpoints", "config.json", "result.json"
 LOGS = ("metrics.jsonl", "samples.txt")

@@ -158,6 +158,7 @@ def test_a_run_leaves_a_model_predictions_and_a_log(settings, data):
     tokenizer = Tokenizer.open(config.out / "model")
     model = GPT1TaskModel.from_pretrained(config.out / "model")
     assert model.config.vocab_size == tokenizer.vocab_size + 3
+    assert model.config.extra["id2label"] == {"0": "0", "1": "1"}
     v, expected = tokenizer.vocab_size, ["index\tprediction"]
     for row in (data / "sst2" / "test.tsv").read_text().splitlines()[1:]:
         index, text = row.split("\t")
@@ -197,6 +198,30 @@ def test_the_loss_is_the_papers(settings):
         classifier.append(-torch.log_softmax(logits, 0)[example.label])
     expected = torch.stack(classifier).mean() + 0.5 * torch.stack(language).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("task", ["sst2", "openbookqa"])
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(settings, task, accumulate):
+    """5 examples do not split evenly, and those of multiple choice differ in their answers."""
+    results = []
+    for parts in (1, accumulate):
+        config = complete(settings(task=task, accumulate=parts))
+        setup = finetune.prepare(config)
+        torch.manual_seed(0)
+        model = finetune.make_model(config, setup).train()
+        model.dropout_stream.set_key(0)
+        batch, seeds = finetune.collate(setup.train[:5]), model.dropout_stream.seeds(0)
+        total = 0.0
+        for loss in finetune.micro_losses(model, batch, seeds, config, setup.task):
+            loss.backward()
+            total += loss.item()
+        results.append((total, {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (split_loss, split_gradients) = results
+    assert split_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        distance = (split_gradients[name] - gradient).norm()
+        assert distance <= 1e-5 * gradient.norm() + 1e-6, name
 
 
 def test_without_the_auxiliary_language_model_the_loss_is_the_classifiers(settings):
@@ -242,6 +267,8 @@ def test_a_fine_tuned_model_can_be_fine_tuned_again(settings, tmp_path):
     assert torch.equal(
         model.transformer.tokens_embed.weight, old.transformer.tokens_embed.weight
     )  # with its special tokens
+    assert old.config.extra["id2label"] == {"0": "entailment", "1": "not_entailment"}
+    assert model.config.extra["id2label"] == {"0": "0", "1": "1"}
 
 
 def test_scratch_needs_no_model(settings, tmp_path):

@@ -354,6 +354,14 @@ def test_parallel_files_of_different_lengths_or_missing_are_refused(tmp_path):
         load(TASKS["snli"], tmp_path)
 
 
+def test_a_column_may_have_dots_and_plus_signs_in_its_name(tmp_path):
+    (tmp_path / "a.csv").write_text("what.is+said,label\nhello,x\n")
+    custom = Custom(
+        train=tmp_path / "a.csv", validation=tmp_path / "a.csv", texts=("what.is+said",)
+    )
+    assert load(custom_task(custom), Path()).train == [Example(("hello",), label=0)]
+
+
 def test_bad_rows_are_left_out_on_request_and_reported(tmp_path):
     rows = ("a\t1", "b\t7", "\t0", "cut short", "c\t0")
     written(tmp_path, {"train.tsv": "\n".join(rows) + "\n", "dev.tsv": "d\t1\n"})
