@@ -91,7 +91,7 @@ def plot_zero_shot(rows: Sequence[Mapping[str, Any]], picture: Path) -> None:
         axis.plot(steps, values, marker="o", markersize=3, label=name)
     axis.set_xscale("log")
     axis.set_xlabel("pre-training update")
-    axis.set_ylabel("score relative to the best other model")
+    axis.set_ylabel("0: guessing, 1: the best other model")
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.grid(alpha=0.3)
     axis.legend()
