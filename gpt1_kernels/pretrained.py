@@ -18,6 +18,7 @@ from gpt1_kernels.config import GPT1Config
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _STALE_MASK = re.compile(r"h\.\d+\.attn\.bias$")
 _TABLE = "transformer.tokens_embed.weight"
+_HEADS = ("score.", "multiple_choice_head.", "classifier.")
 
 
 class PretrainedMixin:
@@ -77,7 +78,7 @@ class PretrainedMixin:
         """
         own = self.state_dict()
         state = _canonical(state, prefixed=_TABLE in own)
-        heads = {k for k in own if k.startswith(("score.", "multiple_choice_head."))}
+        heads = {k for k in own if k.startswith(_HEADS)}
         if not heads & set(state):
             state.update({k: own[k] for k in heads})
         missing, unexpected = sorted(own.keys() - state), sorted(state.keys() - own)
@@ -98,17 +99,16 @@ class PretrainedMixin:
 
 
 def _canonical(state: Mapping[str, Tensor], prefixed: bool) -> dict[str, Tensor]:
-    heads = ("score.", "multiple_choice_head.") if prefixed else ()
     renamed = {}
     for name, tensor in state.items():
         if _STALE_MASK.search(name):
             continue
         if name == "lm_head.weight":
             name = _TABLE
-        if prefixed and not name.startswith(("transformer.", *heads)):
+        if prefixed and not name.startswith(("transformer.", *_HEADS)):
             name = f"transformer.{name}"
         if not prefixed:
-            if name.startswith(("score.", "multiple_choice_head.")):
+            if name.startswith(_HEADS):
                 continue
             name = name.removeprefix("transformer.")
         renamed[name] = tensor

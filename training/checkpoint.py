@@ -28,8 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt1_kernels import GPT1LMHeadModel
-from gpt1_kernels.pretrained import WEIGHTS
+from gpt1_kernels.pretrained import WEIGHTS, PretrainedMixin
 from training.optim import load_optimizer_tensors, optimizer_tensors
 from training.store import sync
 from training.tokenizer import Tokenizer
@@ -71,7 +70,7 @@ class Checkpoint:
                 raise ValueError(f"{folder / name}: not as it was written")
         return cls(folder, step, state)
 
-    def restore(self, model: GPT1LMHeadModel, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, model: PretrainedMixin, optimizer: torch.optim.Optimizer) -> None:
         """Puts the weights and both moments back, bit for bit."""
         model.load_pretrained_state(load_file(self.folder / WEIGHTS))
         load_optimizer_tensors(model, optimizer, load_file(self.folder / OPTIMIZER))
@@ -88,7 +87,7 @@ def newest(folder: Path) -> Checkpoint | None:
     Raises:
         ValueError: there are checkpoints, and not one can be used.
     """
-    found = _checkpoints(folder)
+    found = checkpoints(folder)
     for candidate in reversed(found):
         try:
             return Checkpoint.open(candidate)
@@ -115,7 +114,7 @@ class CheckpointWriter:
     def save(
         self,
         step: int,
-        model: GPT1LMHeadModel,
+        model: PretrainedMixin,
         optimizer: torch.optim.Optimizer,
         tokenizer: Tokenizer,
         state: Mapping[str, Any],
@@ -167,12 +166,12 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"{target}: the checkpoint could not be written, {error}") from error
-        for old in _checkpoints(self.folder)[: -self.keep or None] if self.keep else ():
+        for old in checkpoints(self.folder)[: -self.keep or None] if self.keep else ():
             _remove(old)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """By step, the oldest first."""
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run's `checkpoints/`, not verified, the oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -91,17 +92,17 @@ def complete(config: PretrainConfig) -> PretrainConfig:
     Raises:
         ValueError: a value out of range, an unknown name, or a GPU asked for and absent.
     """
-    device = _device(config.device)
+    device = default_device(config.device)
     preset = config.preset or ("gpt1" if device.type == "cuda" else "mini")
     recipe = {k: v for k, v in vars(PRESETS[preset]).items() if getattr(config, k) is None}
     config = replace(config, **recipe)
-    _require(config, ("steps", "batch_size", "accumulate"), lambda x: x >= 1, "at least 1")
+    require(config, ("steps", "batch_size", "accumulate"), lambda x: x >= 1, "at least 1")
     tenth = max(1, config.steps // 10)
     eval_every = tenth if config.eval_every is None else config.eval_every
     config = replace(
         config,
         preset=preset,
-        out=config.out or _next_folder(preset),
+        out=config.out or next_folder(preset),
         warmup=min(PAPER_WARMUP, int(WARMUP_SHARE * config.steps))
         if config.warmup is None
         else config.warmup,
@@ -109,33 +110,41 @@ def complete(config: PretrainConfig) -> PretrainConfig:
         sample_every=eval_every if config.sample_every is None else config.sample_every,
         checkpoint_every=tenth if config.checkpoint_every is None else config.checkpoint_every,
         device=str(device),
-        dtype=config.dtype or _dtype(device),
+        dtype=config.dtype or default_dtype(device),
     )
-    _require(config, ("vocab_size",), lambda x: x is None or x >= 1, "at least 1")
-    _require(config, ("eval_every", "sample_every", "checkpoint_every", "max_skipped"),
+    require(config, ("vocab_size",), lambda x: x is None or x >= 1, "at least 1")
+    require(config, ("eval_every", "sample_every", "checkpoint_every", "max_skipped"),
              lambda x: x >= 1, "at least 1")  # fmt: skip
-    _require(config, ("keep",), lambda x: x >= 0, "at least 0")
-    _require(config, ("learning_rate", "clip"), lambda x: 0 < x < math.inf,
+    require(config, ("keep",), lambda x: x >= 0, "at least 0")
+    require(config, ("learning_rate", "clip"), lambda x: 0 < x < math.inf,
              "above 0, and finite")  # fmt: skip
-    _require(config, ("weight_decay",), lambda x: 0 <= x < math.inf,
+    require(config, ("weight_decay",), lambda x: 0 <= x < math.inf,
              "at least 0, and finite")  # fmt: skip
-    _require(config, ("warmup",), lambda x: 0 <= x <= config.steps, f"0 to --steps {config.steps}")
-    _require(config, ("seed",), lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
-    _require(config, ("accumulate",), lambda x: config.batch_size % x == 0,
+    require(config, ("warmup",), lambda x: 0 <= x <= config.steps, f"0 to --steps {config.steps}")
+    require(config, ("seed",), lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
+    require(config, ("accumulate",), lambda x: config.batch_size % x == 0,
              f"a divisor of --batch-size {config.batch_size}")  # fmt: skip
-    _require(config, ("backend",), ("auto", *BACKENDS).__contains__,
+    require(config, ("backend",), ("auto", *BACKENDS).__contains__,
              f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
     return config
 
 
-def _require(config: PretrainConfig, names: tuple[str, ...], fits, expected: str) -> None:
+def require(
+    config: object, names: tuple[str, ...], fits: Callable[[Any], bool], expected: str
+) -> None:
+    """Raises ValueError, naming the option and what was expected, unless the values fit."""
     for name in names:
         value = getattr(config, name)
         if not fits(value):
             raise ValueError(f"--{name.replace('_', '-')}: {value}, expected {expected}")
 
 
-def _device(name: str | None) -> torch.device:
+def default_device(name: str | None) -> torch.device:
+    """The device of this name, or a GPU where there is one.
+
+    Raises:
+        ValueError: not cpu, cuda or cuda:N, or a GPU that is not there.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -147,13 +156,15 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _dtype(device: torch.device) -> str:
+def default_dtype(device: torch.device) -> str:
+    """bf16 on a GPU that multiplies in it, else fp32."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "fp32"
 
 
-def _next_folder(preset: str) -> Path:
+def next_folder(name: str) -> Path:
+    """The first of runs/<name>-1, runs/<name>-2, … that is empty or not there."""
     number = 1
-    while any(Path(f"runs/{preset}-{number}").glob("*")):
+    while any(Path(f"runs/{name}-{number}").glob("*")):
         number += 1
-    return Path(f"runs/{preset}-{number}")
+    return Path(f"runs/{name}-{number}")

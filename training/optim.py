@@ -1,4 +1,4 @@
-"""AdamW as GPT-1's pre-training used it, and its learning-rate schedule."""
+"""AdamW as GPT-1 was trained with it, and its learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def warmup_linear(step: int, warmup_share: float, total: int) -> float:
+    """The share of the peak rate at update `step` (from 0) of a fine-tuning.
+
+    As in the code released with the paper: linear from 0 over `warmup_share` of the updates, and a
+    linear decay to 0 that also acts on the warm-up.
+    """
+    x = step / total
+    return (x / warmup_share if x <= warmup_share and warmup_share > 0 else 1.0) * (1 - x)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,5 +47,53 @@ def plot_runs(runs: Sequence[Path], picture: Path) -> None:
     bottom.set_xlabel("update")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def plot_predictions(
+    labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str], picture: Path
+) -> None:
+    """Draws a confusion matrix of classes, or scores against scores where there are none.
+
+    Args:
+        labels, predictions: (examples,), numbers of classes, or scores.
+        classes: their names, in order; those that never occur are left out.
+    """
+    from sklearn.metrics import ConfusionMatrixDisplay  # a second that pre-training is spared
+
+    figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
+    if classes:
+        seen = np.union1d(labels, predictions).astype(int)
+        ConfusionMatrixDisplay.from_predictions(
+            labels, predictions, labels=seen, display_labels=[classes[i] for i in seen], ax=axis,
+            colorbar=False, cmap="Blues",
+        )  # fmt: skip
+    else:
+        axis.scatter(labels, predictions, s=8, alpha=0.4)
+        axis.grid(alpha=0.3)
+    axis.set_xlabel("predicted class" if classes else "score")
+    axis.set_ylabel("class" if classes else "predicted score")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def plot_zero_shot(rows: Sequence[Mapping[str, Any]], picture: Path) -> None:
+    """Draws scores between guessing (0) and the best other model (1) against updates.
+
+    Args:
+        rows: of the checkpoints in order: `step`, and `normalised` scores by task.
+    """
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    steps = [row["step"] for row in rows]
+    for name in rows[0]["normalised"]:
+        values = [row["normalised"][name] for row in rows]
+        axis.plot(steps, values, marker="o", markersize=3, label=name)
+    axis.set_xscale("log")
+    axis.set_xlabel("pre-training update")
+    axis.set_ylabel("0: guessing, 1: the best other model")
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.grid(alpha=0.3)
+    axis.legend()
     figure.savefig(picture, dpi=120)
     plt.close(figure)

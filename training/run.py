@@ -8,23 +8,27 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from training.checkpoint import MANIFEST, Checkpoint, newest
 from training.config import PretrainConfig
 
+if TYPE_CHECKING:
+    from training.finetune_config import FinetuneConfig
+
 CHECKPOINTS, CONFIG, RESULT = "checkpoints", "config.json", "result.json"
 LOGS = ("metrics.jsonl", "samples.txt")
 
-# What may change when a run goes on: how it runs and is watched, not what it computes.
+# What may change when a run goes on: how it runs and is watched, not what it computes. Where text
+# and weights lie is free too, for their digests are part of the identity.
 FREE = {
     "out", "resume", "data", "tokenizer", "text_column", "sentence_shuffled", "device", "backend",
     "compile", "accumulate", "eval_every", "sample_every", "checkpoint_every", "keep",
-    "max_skipped",
+    "max_skipped", "data_dir", "custom", "skip_bad_rows", "model", "seeds",
 }  # fmt: skip
 
 
-def open_run(config: PretrainConfig) -> Checkpoint | None:
+def open_run(config: PretrainConfig | FinetuneConfig) -> Checkpoint | None:
     """Makes or finds the folder `config.out` and says where the run starts: None is update 0.
 
     Raises:
@@ -60,10 +64,10 @@ def usable(folder: Path) -> Path:
     return folder
 
 
-def identity(config: PretrainConfig, **of_text: str) -> dict[str, Any]:
+def identity(config: PretrainConfig | FinetuneConfig, **digests: str) -> dict[str, Any]:
     """What decides on the bits of a run, by name."""
     settings = {name: value for name, value in vars(config).items() if name not in FREE}
-    return {**settings, **of_text}
+    return {**settings, **digests}
 
 
 def require_same(checkpoint: Checkpoint, current: Mapping[str, Any]) -> None:
@@ -93,7 +97,7 @@ def cut_logs(out: Path, sizes: Mapping[str, int]) -> None:
             os.truncate(file, size)
 
 
-def read_result(out: Path) -> dict[str, float] | None:
+def read_result(out: Path) -> dict[str, Any] | None:
     """What a finished run ended with; None for one that has not finished."""
     file = out / RESULT
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -52,17 +53,39 @@ def train_step(
         input_ids: (B, T); accumulate divides B.
         step: number of the update; selects the dropout bits.
     """
+    seeds = dropout_stream.seeds(step)
+
+    def losses() -> Iterator[Tensor]:
+        tokens = 0
+        for part in input_ids.chunk(accumulate):
+            with autocast(input_ids.device.type, dtype):
+                loss = model(part, labels=part, dropout_seeds=seeds, row_offset=tokens).loss
+            yield loss / accumulate
+            tokens += part.numel()
+
+    return apply_losses(model, optimizer, losses(), learning_rate, clip=clip)
+
+
+def apply_losses(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: Iterable[Tensor],
+    learning_rate: float,
+    *,
+    clip: float = 1.0,
+) -> Update:
+    """Updates the model by the gradient of a sum of losses, unless it is not finite.
+
+    Args:
+        optimizer: a fused one.
+        losses: scalars, one at a time: the next micro-batch runs after this one's backward.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    seeds = dropout_stream.seeds(step)
-    total = torch.zeros((), device=input_ids.device)
-    tokens = 0
-    for part in input_ids.chunk(accumulate):
-        with autocast(input_ids.device.type, dtype):
-            loss = model(part, labels=part, dropout_seeds=seeds, row_offset=tokens).loss
-        (loss / accumulate).backward()
-        total += loss.detach() / accumulate
-        tokens += part.numel()
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for loss in losses:
+        loss.backward()
+        total += loss.detach()
     norm = clip_grad_norm_(model.parameters(), clip)
     finite = torch.isfinite(total) & torch.isfinite(norm)
     optimizer.found_inf = (~finite).float()  # what torch's GradScaler tells a fused optimizer

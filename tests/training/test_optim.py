@@ -12,7 +12,7 @@ from gpt1_kernels.numerics import error
 from tests.cases import DEVICE
 from tests.models import config, with_dropout
 from training.data import Corpus, Windows
-from training.optim import make_optimizer, warmup_cosine
+from training.optim import make_optimizer, warmup_cosine, warmup_linear
 from training.step import train_step
 from training.tokenizer import Tokenizer
 
@@ -68,6 +68,33 @@ def test_the_schedule_is_linear_then_half_a_cosine():
     torch.testing.assert_close(shares[warmup:], (angle / 2).cos().square().float())
 
 
+@pytest.mark.parametrize(
+    ("step", "share"),
+    [(0, 0), (1, 0.5 * 0.999), (2, 0.998), (3, 0.997), (500, 0.5), (999, 0.001), (1000, 0)],
+)
+def test_the_fine_tuning_schedule_is_the_released_warmup_linear(step, share):
+    """(x / w up to w, then 1) · (1 − x), x = t / total: of 1,000 updates 2 warm up."""
+    assert warmup_linear(step, 0.002, 1000) == pytest.approx(share, abs=1e-12)
+    assert warmup_linear(step, 0.0, 1000) == pytest.approx(1 - step / 1000)
+
+
+def test_the_fine_tuning_schedule_over_138_updates():
+    """Story Cloze at batch 32: the first update has rate 0, the second is past the warm-up."""
+    rates = [6.25e-5 * warmup_linear(t, 0.002, 138) for t in range(138)]
+    assert rates[:2] == [0, pytest.approx(6.25e-5 * 137 / 138)]
+    assert rates[-1] == pytest.approx(6.25e-5 / 138)
+    assert sum(rates) == pytest.approx(6.25e-5 * 137 / 2)
+
+
+def test_the_released_warmup_cosine_jumps_at_the_end_of_its_warm_up_and_ours_does_not():
+    def released(x, warmup):
+        return x / warmup if x <= warmup else 0.5 * (1 + math.cos(math.pi * x))
+
+    assert released(0.25, 0.25) - released(0.2501, 0.25) > 0.14
+    assert warmup_cosine(2500, 2500, 10000) - warmup_cosine(2501, 2500, 10000) < 1e-6
+    assert released(1.0, 0.25) == warmup_cosine(10000, 2500, 10000) == 0
+
+
 def rate_correction(t: int) -> float:
     """What the released rule multiplies the learning rate by at update t = 1, 2, …"""
     return math.sqrt(1 - B2**t) / (1 - B1**t)
@@ -113,11 +140,7 @@ def test_adamw_equals_the_released_rule_with_its_decay_and_eps_set_at_each_updat
 @pytest.mark.parametrize(("updates", "ratio"), [(138, 0.22), (2000, 0.63)])
 def test_the_released_rule_decays_less_than_plain_adamw(updates, ratio):
     """In all, over a fine-tuning of so many updates under its warm-up of 0.2 % and linear decay."""
-
-    def warmup_linear(x):
-        return (x / 0.002 if x <= 0.002 else 1) * (1 - x)
-
-    shares = [warmup_linear((t - 1) / updates) for t in range(1, updates + 1)]
+    shares = [warmup_linear(t - 1, 0.002, updates) for t in range(1, updates + 1)]
     released = sum(share * rate_correction(t) for t, share in enumerate(shares, 1))
     assert released / sum(shares) == pytest.approx(ratio, abs=0.005)
 

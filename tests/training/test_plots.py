@@ -1,6 +1,7 @@
 """The picture of a run."""
 
 import matplotlib.image
+import numpy as np
 import pytest
 
 from training import plots
@@ -25,3 +26,20 @@ def test_the_picture_shows_what_was_logged(tmp_path, monkeypatch, updates):
     assert [*map(list, bottom.lines[0].get_data())] == [steps, [0.1 * step for step in steps]]
     plots.plt.close(figures[0])
     assert matplotlib.image.imread(tmp_path / "loss.png").std() > 0
+
+
+def test_classes_are_drawn_as_a_confusion_matrix_and_scores_as_points(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots.plt, "close", figures.append)
+    labels, predictions = np.array([0, 0, 2, 2, 2]), np.array([0, 2, 2, 2, 0])
+    plots.plot_predictions(labels, predictions, ("a", "b", "c"), tmp_path / "classes.png")
+    scores = np.array([0.0, 2.5, 5.0]), np.array([0.5, 2.0, 4.0])
+    plots.plot_predictions(*scores, (), tmp_path / "scores.png")
+    monkeypatch.undo()
+    matrix, scatter = (figure.axes[0] for figure in figures)
+    assert matrix.images[0].get_array().tolist() == [[1, 1], [1, 2]]  # "b" never occurs
+    assert [label.get_text() for label in matrix.get_yticklabels()] == ["a", "c"]
+    assert scatter.collections[0].get_offsets().tolist() == np.stack(scores, 1).tolist()
+    for figure, name in zip(figures, ("classes", "scores"), strict=True):
+        plots.plt.close(figure)
+        assert matplotlib.image.imread(tmp_path / f"{name}.png").std() > 0
