@@ -33,6 +33,7 @@ SHORT = [
     causal_attention("padding-ends-a-word-of-bits-early", 2, 100, 100, 1, 16, P, padding=[31, 63]),
     causal_attention("padding-fills-tiles", 2, 300, 300, 1, 16, padding=[256, 300]),
     causal_attention("padding-in-a-cache", 2, 5, 140, 1, 16, P, padding=[65, 138]),
+    causal_attention("first-key-below-zero", 2, 40, 40, 1, 16, P, padding=[-100, 7]),
     causal_attention("negative-scale", 1, 40, 40, 1, 16, P, scale=-0.3),
     causal_attention_qkvpacked("head-no-power-of-two", 1, 65, 2, 80, P),
     causal_attention_qkvpacked("less-than-eight-columns", 1, 40, 3, 5, P),

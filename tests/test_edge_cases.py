@@ -298,7 +298,7 @@ def test_row10_all_labels_ignored(backend, reduction):
 
 def out_of_range_calls():
     table, position = torch.randn(10, 16, device=DEVICE), torch.randn(4, 16, device=DEVICE)
-    h = torch.randn(3, 16, device=DEVICE)
+    h, w = torch.randn(3, 16, device=DEVICE).bfloat16(), table.bfloat16()
     ids = torch.tensor([[0, 1, 2]], device=DEVICE)
     for value, bound in ((10, 10), (-1, 10)):
         bad = torch.tensor([[0, value, 2]], device=DEVICE)
@@ -307,7 +307,7 @@ def out_of_range_calls():
             "linear_cross_entropy",
             value,
             bound,
-            partial(ops.linear_cross_entropy, h, table, bad[0]),
+            partial(ops.linear_cross_entropy, h, w, bad[0]),
         )
         yield (
             "embedding",

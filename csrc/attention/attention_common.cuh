@@ -1,6 +1,8 @@
 // What the kernels of causal attention share: where a block works, and how it takes dropout bits.
 #pragma once
 
+#include <limits>
+
 #include "attention/attention.h"
 #include "common/tile.cuh"
 
@@ -8,7 +10,7 @@ namespace gpt1 {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 /// (B, T, H, D), or absent.
 template <class T>
@@ -52,7 +54,7 @@ struct AttentionHead {
 
     __device__ __forceinline__ AttentionHead(const AttentionProblem& p, std::int64_t index)
         : batch(index / p.H), head(index % p.H), first_row(index * p.Tq), past(p.Tk - p.Tq) {
-        first_key = p.first_key ? p.first_key.load(batch) : 0;
+        first_key = p.first_key ? max(0, p.first_key.load(batch)) : 0;
         first_query = max(0, first_key - past);
     }
 

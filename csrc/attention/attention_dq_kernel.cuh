@@ -136,6 +136,7 @@ struct AttentionBackwardDq {
                 }
             }
         }
+        copy_async_wait<0>();  // with few keys and no dQ to compute, nobody has waited
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int query = start_m + row + half * 8;

@@ -50,7 +50,9 @@ void prepare(int device) {
     const CurrentDevice current(device);
     for (const Preparation kernel : preparations()) {
         // A kernel for larger chips stays unprepared here, and its launcher does not choose it.
-        if (kernel() != cudaSuccess) cudaGetLastError();
+        const cudaError_t error = kernel();
+        if (error != cudaSuccess) cudaGetLastError();
+        if (error != cudaErrorInvalidValue) check(error, "cudaFuncSetAttribute");
     }
 }
 

@@ -343,9 +343,9 @@ struct Registered {
 /// Starts a kernel on a stream; does not wait for it.
 template <class Kernel>
 void launch(std::int64_t grid, int shared_bytes, Stream stream, const typename Kernel::Params& params) {
-    static_cast<void>(Registered<Kernel>::done);
+    static_cast<void>(&Registered<Kernel>::done);  // whose use is what has it initialised
     const CurrentDevice current(stream.first);
-    entry<Kernel><<<static_cast<unsigned>(grid), Kernel::kThreads, shared_bytes,
+    entry<Kernel><<<checked_grid<Kernel>(grid, params), Kernel::kThreads, shared_bytes,
                     reinterpret_cast<cudaStream_t>(stream.second)>>>(params);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) throw_launch_error(Kernel::kName, params.shape(), error);

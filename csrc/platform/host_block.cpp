@@ -41,10 +41,10 @@ void yield() { gpt1_switch_stack(&thread->stack_pointer, scheduler_stack); }
 void run_thread() {
     try {
         (*body_of_launch)();
+        finish_copies();
     } catch (...) {
         failure = std::current_exception();
     }
-    finish_copies();
     thread->state = State::kExited;
     yield();
     std::abort();  // an exited thread is never resumed

@@ -136,6 +136,7 @@ struct Copy {
     Access to;
     std::array<unsigned char, 16> bytes;
     int group;
+    Site site;  // where it was started
 };
 
 struct Copies {
@@ -272,7 +273,7 @@ void check(const Access& access, const Site& site) {
 void start_copy(const Access& to, const void* from, const Site& site) {
     check(to, site);
     Copies& copies = copies_of_threads[thread->index];
-    Copy copy{to, {}, copies.groups};
+    Copy copy{to, {}, copies.groups, site};
     if (from != nullptr) std::memcpy(copy.bytes.data(), from, to.bytes());
     copies.open.push_back(copy);
     std::memset(reinterpret_cast<void*>(to.address()), 0xff, to.bytes());
@@ -296,7 +297,12 @@ void wait_for_copies(int open_groups, const Site& site) {
     }
 }
 
-void finish_copies() { copies_of_threads[thread->index].open.clear(); }
+void finish_copies() {
+    const Copies& copies = copies_of_threads[thread->index];
+    if (copies.open.empty()) return;
+    const Site started = copies.open.front().site;
+    fault("exits before its asynchronous copy has been waited for", started);
+}
 
 void begin_launch() {
     first_block_of_launch = block.serial + 1;

@@ -113,6 +113,13 @@ void copy_used_before_its_wait(const Params& p) {
     p.y.store(i, memory.load(i));
 }
 
+void copy_never_waited_for(const Params& p) {
+    const Shared<float> memory = SharedArena().take<float>(kCount);
+    if (thread_index() < kCount / 4) copy_async(memory, 4 * thread_index(), p.x, 4 * thread_index());
+    copy_async_commit();
+    if (!p.planted) copy_async_wait<0>();
+}
+
 void copy_waited_for_by_its_thread_only(const Params& p) {
     const int i = thread_index();
     const Shared<float> memory = SharedArena().take<float>(kCount);
@@ -212,6 +219,7 @@ const std::map<std::string, Run>& runs() {
         {"barrier not for all", run<barrier_not_for_all>},
         {"barrier after exit", run<barrier_after_exit>},
         {"copy used before its wait", run<copy_used_before_its_wait>},
+        {"copy never waited for", run<copy_never_waited_for>},
         {"copy waited for by its thread only", run<copy_waited_for_by_its_thread_only>},
         {"one group too few waited for", run<one_group_too_few_waited_for>},
         {"write onto a live stage", run<write_onto_a_live_stage>},

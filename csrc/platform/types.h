@@ -30,4 +30,16 @@ std::string shape_text(const Parts&... parts) {
     return text.str();
 }
 
+/// The number of blocks of a launch, which CUDA limits.
+template <class Kernel>
+unsigned checked_grid(std::int64_t grid, const typename Kernel::Params& params) {
+    // The smallest chips hold 1536 threads to a multiprocessor.
+    static_assert(Kernel::kThreads * Kernel::kBlocksPerProcessor <= 1536);
+    if (grid < 1 || grid > 0x7fffffff) {
+        throw std::invalid_argument(std::string(Kernel::kName) + " (" + params.shape() + "): " +
+                                    std::to_string(grid) + " blocks, expected 1 to 2^31 - 1");
+    }
+    return static_cast<unsigned>(grid);
+}
+
 }  // namespace gpt1

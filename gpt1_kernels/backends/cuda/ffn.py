@@ -72,7 +72,7 @@ def gelu_ffn_bwd(
         shapes = (N, C), (C, F), (F,), (F, C_out), (C_out,)
         return tuple(_first(g, *shape) for g, shape in zip(grads, shapes, strict=True))
 
-    dy, x, pre = map(aligned, (dy, x, pre))
+    dy, x, pre = map(aligned, (dy, x, pre.contiguous()))
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     need_dpre = need_x or need_w_fc
     dx = x.new_empty(x.shape if need_x else 0)
