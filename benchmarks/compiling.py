@@ -10,18 +10,15 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from benchmarks.sass import loop_accesses, main_loop, matrix_units
+from benchmarks.sass import CUOBJDUMP, loop_accesses, main_loop, matrix_units
 from gpt1_kernels.backends.triton import launch
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 PROCESSORS = 132
 
 

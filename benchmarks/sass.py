@@ -6,6 +6,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+import triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+WIDE_SHARE = 0.95  # of the bytes that loops move, 16 or more at a time
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _ACCESSES = ("LDG", "STG", "LDGSTS", "UTMALDG", "UTMASTG")
@@ -46,6 +52,12 @@ def loop_accesses(text: str) -> list[int]:
             if any(start <= address <= end for start, end in loops):
                 inside.append(moved)
     return inside or everywhere
+
+
+def narrow_accesses(accesses: list[int]) -> list[int]:
+    """Those of less than 16 bytes, if they move more than they may beside the wide ones."""
+    narrow = [n for n in accesses if n < 16]
+    return narrow if sum(narrow) > (1 - WIDE_SHARE) * sum(accesses) else []
 
 
 def main_loop(text: str) -> int:

@@ -51,6 +51,7 @@ from benchmarks import roofline
 from benchmarks.roofline import SECTOR, Floor
 from gpt1_kernels.backends import kernel
 from gpt1_kernels.backends.cuda import extension
+from gpt1_kernels.backends.logits import padded_vocabulary
 from gpt1_kernels.backends.triton import launch as launching
 from gpt1_kernels.errors import error_record
 
@@ -274,7 +275,7 @@ def _linear_cross_entropy(B: float):
     h, w = torch.randn(N, C, dtype=DTYPE), torch.randn(V_COUNTED, C, dtype=DTYPE)
     targets = torch.arange(N) % V_COUNTED
     run = kernel("triton", "linear_cross_entropy", "linear_cross_entropy_fwd")
-    chunk_bytes = CHUNK * launching.padded_vocabulary(V_COUNTED) * S
+    chunk_bytes = CHUNK * padded_vocabulary(V_COUNTED) * S
 
     def unchecked():
         with (

@@ -1,7 +1,9 @@
 // The launchers as Python functions: tensors as (address, extent), a stream as (device, handle).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "attention/attention.h"
+#include "column_sums/column_sums.h"
 #include "dropout/dropout.h"
 #include "embedding/embedding.h"
 #include "ffn/ffn.h"

@@ -42,6 +42,16 @@ def found(what: str, code: str) -> list[str]:
     return [f"{n}: {line}" for n, line in enumerate(lines, 1) if re.search(FORBIDDEN[what], line)]
 
 
+def test_lines_have_110_columns_at_the_most():
+    long = [
+        f"{path.relative_to(CSRC)}:{n}: {len(line)} columns"
+        for path in CSRC.rglob("*.[ch]*")
+        for n, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 110
+    ]
+    assert not long, "\n".join(long)
+
+
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_outside_the_platform_there_is_no(what):
     assert FILES

@@ -23,6 +23,7 @@ if all(unavailable_reason(name, "gelu_ffn", DEVICE) for name in ("cuda", "cuda_h
 from gpt1_kernels.backends.cuda import extension, ffn
 from gpt1_kernels.backends.cuda import linear_cross_entropy as lce
 from gpt1_kernels.backends.cuda.matmul import column_sums, matmul
+from gpt1_kernels.backends.logits import padded_vocabulary
 
 BACKEND = "cuda" if DEVICE == "cuda" else "cuda_host"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -151,7 +152,7 @@ def test_threads_in_any_order(case, dtype, order):
 def test_a_vocabulary_beyond_shared_memory(dtype, order):
     """What a row has beyond 49152 logits is read again."""
     N, V = 2, 49300
-    logits = torch.full((N, lce.padded_vocabulary(V)), torch.nan, device=DEVICE).to(dtype)
+    logits = torch.full((N, padded_vocabulary(V)), torch.nan, device=DEVICE).to(dtype)
     logits[:, :V] = 3 * torch.randn(N, V, device=DEVICE)
     targets = torch.tensor([7, V - 1], device=DEVICE)
     losses, lse = torch.empty(2, N, device=DEVICE)
@@ -218,7 +219,7 @@ def test_bytes_and_bank_conflicts():
     """Each sector once, and no sector but those of the tensors; no conflicts."""
     host = extension.module("cuda_host")
     N, C, F, V = 192, 136, 264, 1000
-    columns = lce.padded_vocabulary(V)
+    columns = padded_vocabulary(V)
     x, pre, w_fc, w_proj = (operand(*s, "row") for s in ((N, C), (N, F), (C, F), (F, C)))
     h, w, targets = operand(N, C, "row"), operand(V, C, "row"), torch.arange(N)
     b_fc, b_proj = torch.randn(F), torch.randn(C)

@@ -15,7 +15,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-WIDE_SHARE = 0.95
+from benchmarks.sass import narrow_accesses
+
 MATRIX_UNIT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 MULTIPLYING = {
@@ -40,7 +41,7 @@ NARROW = {
     "embedding_bwd_kernel": (12, "an id and an index a row; the seed"),
     "embedding_bwd_runs_kernel": (9, "an id a partial sum"),
 }
-"""Exempt from WIDE_SHARE: how many narrow accesses a kernel's loops may hold, and what they are."""
+"""How many narrow accesses a kernel's loops may hold although they weigh, and what they are."""
 
 
 @cache
@@ -55,12 +56,6 @@ def compiled(what: str, capability: int, *dtype: str):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
-
-
-def narrow_accesses(row) -> list[int]:
-    """The accesses of less than 16 bytes, if they move more than they may beside the wide ones."""
-    narrow = [n for n in row["accesses"] if n < 16]
-    return narrow if sum(narrow) > (1 - WIDE_SHARE) * sum(row["accesses"]) else []
 
 
 on_each_chip = pytest.mark.parametrize("capability", list(MATRIX_UNIT))
@@ -93,7 +88,7 @@ def test_kernels_fit_their_chip(capability, dtype):
         assert row["shared"] <= row["shared_limit"], row
         assert row["accesses"], row
         allowed, _ = NARROW.get(row["kernel"], (0, ""))
-        assert len(narrow_accesses(row)) <= allowed, row
+        assert len(narrow_accesses(row["accesses"])) <= allowed, row
         multiplies = row["kernel"] in MULTIPLYING and dtype != "float32"
         assert (MATRIX_UNIT[capability] in row["matrix_units"]) is multiplies, row
 
@@ -103,9 +98,9 @@ def test_the_checks_see(capability):
     """A product on the matrix units, narrow loads and a kernel that spills are told apart."""
     product, transposing, crowded = compiled("probes", capability)
     assert product["matrix_units"] == [MATRIX_UNIT[capability]]
-    assert not narrow_accesses(product)
+    assert not narrow_accesses(product["accesses"])
     assert transposing["matrix_units"] == []
-    assert set(narrow_accesses(transposing)) == {2}
+    assert set(narrow_accesses(transposing["accesses"])) == {2}
     assert product["stack"] == transposing["stack"] == 0
     assert crowded["stack"] > 0
 

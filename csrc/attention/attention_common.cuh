@@ -126,8 +126,8 @@ private:
 template <class T, int kRows, int kD>
 __device__ __forceinline__ void store_strip(const Tile<T, kRows, kD>& tile, int row,
                                             const FragmentC (&x)[kD / 8], float factor, float factor_8,
-                                            const Heads<T>& to, const AttentionHead& head, int start, int length,
-                                            int D) {
+                                            const Heads<T>& to, const AttentionHead& head, int start,
+                                            int length, int D) {
     warp_barrier();  // lanes may have read these rows
     const auto put = [&](int r, int column, float low, float high) {
         tile.memory.store_vector(tile.offset(row + r, column) + fragment_column(),

@@ -122,6 +122,16 @@ public:
         else fp16_.store(i, from_float<fp16>(value), mask, site);
     }
 
+    /// As gpt1::load_columns; zeros if the array is absent.
+    template <int N>
+    __device__ __forceinline__ Vector<float, N> load_columns(
+        std::int64_t i, int count, bool aligned, Site site = Site::current()) const {
+        if (fp32_) return gpt1::load_columns<N>(fp32_, i, count, aligned, site);
+        if (bf16_) return widen(gpt1::load_columns<N>(bf16_, i, count, aligned, site));
+        if (fp16_) return widen(gpt1::load_columns<N>(fp16_, i, count, aligned, site));
+        return {};
+    }
+
     /// As gpt1::store_columns.
     template <int N>
     __device__ __forceinline__ void store_columns(

@@ -8,7 +8,7 @@ namespace gpt1 {
 void gelu_product(int dtype,
                   Matrix a,                    // (M, K)
                   Matrix b, bool b_transposed,  // (K, N), or stored as (N, K)
-                  Array bias, int bias_dtype,  // (N,), that of the operands or fp32
+                  TypedArray bias,              // (N,)
                   Matrix hidden,               // (M, N)
                   Array pre,                   // as hidden; may be absent
                   Stream stream);
@@ -21,8 +21,5 @@ void dgelu_product(int dtype,
                    Array dpre, Array hidden,    // as pre; either may be absent
                    Array partial_db,            // (ceil(M / 64), N), fp32; may be absent
                    Stream stream);
-
-/// Sums over runs of `run` rows of x: (ceil(rows / run), columns), fp32.
-void column_sums(int dtype, Matrix x, Array sums, std::int64_t run, Stream stream);
 
 }  // namespace gpt1

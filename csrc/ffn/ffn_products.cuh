@@ -7,11 +7,11 @@
 namespace gpt1 {
 
 template <class T>
-void FfnLaunch<T>::gelu_product(const Matrix& a, const Matrix& b, bool b_transposed, Array bias,
-                                int bias_dtype, const Matrix& hidden, Array pre, Stream stream) {
+void FfnLaunch<T>::gelu_product(const Matrix& a, const Matrix& b, bool b_transposed, TypedArray bias,
+                                const Matrix& hidden, Array pre, Stream stream) {
     const auto& [array, M, N, stride] = hidden;
     const typename Gelu<T>::Params epilogue{Global<T>(array), Global<T>(pre), stride,
-                                            Bias<T>(bias, bias_dtype)};
+                                            FloatArray<true>(bias)};
     launch_product<T, Gelu<T>>(a, b, b_transposed, ProductGrid(M, N, std::get<2>(a), 0), epilogue, stream);
 }
 

@@ -1,9 +1,9 @@
 // The epilogues of the feed-forward network's products: GELU and its gradient.
 #pragma once
 
-#include "common/bias.cuh"
 #include "common/gelu.cuh"
 #include "common/product.cuh"
+#include "common/rows.cuh"
 
 namespace gpt1 {
 
@@ -15,14 +15,14 @@ public:
         Global<T> hidden;  // (M, N)
         Global<T> pre;     // (M, N), may be absent
         std::int64_t stride;
-        Bias<T> bias;  // (N,)
+        FloatArray<true> bias;  // (N,)
     };
     static constexpr const char* kName = "gelu_product";
     static constexpr int kWidth = 8;
     struct Input {};
 
     __device__ __forceinline__ Gelu(const Params& p, std::int64_t n, bool inside)
-        : p_(p), n_(n), bias_(p.bias.template load<kWidth>(n, inside)) {}
+        : p_(p), n_(n), bias_(p.bias.template load_columns<kWidth>(n, inside ? kWidth : 0, true)) {}
 
     __device__ __forceinline__ Input read(std::int64_t, bool) const { return {}; }
 

@@ -31,7 +31,7 @@ void layer_norm_bwd(int dtype,
                     Array seed,          // (2,), absent without dropout
                     Array dtotal,        // (N, C) or absent
                     Array dx,            // (N, C) or absent
-                    Array partials,      // (wanted sums, blocks, C), fp32
+                    Array partials,      // (wanted sums, blocks, C rounded up to a multiple of 4), fp32
                     TypedArray dw,       // (C,) or absent
                     TypedArray db,       // (C,) or absent
                     TypedArray dx_bias,  // (C,) or absent

@@ -187,10 +187,10 @@ struct LayerNormBwd {
         Global<const float> mean, rstd;  // (N,)
         Global<T> dtotal;           // (N, C) or absent
         Global<T> dx;               // (N, C) or absent
-        Global<float> partials;     // (sums, grid, C)
+        Global<float> partials;     // (sums, grid, stride_p)
         int dw, db, dx_bias;        // which of the sums, -1 if not wanted
         Dropout dropout;
-        std::int64_t N, stride_tn;
+        std::int64_t N, stride_tn, stride_p;
         int C;
         bool aligned;
         std::string shape() const { return shape_text("N", N, "C", C); }
@@ -279,7 +279,7 @@ struct LayerNormBwd {
 #pragma unroll
         for (int i = 0; i < Layout::kVectors; ++i) Layout::store(own, i, share[i]);
         barrier();
-        const std::int64_t first = (sum * grid_size() + block_index()) * p.C;
+        const std::int64_t first = (sum * grid_size() + block_index()) * p.stride_p;
         for (int column = thread_index(); column < p.C; column += kThreads) {
             float total = 0.0f;
 #pragma unroll

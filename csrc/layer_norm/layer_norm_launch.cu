@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "common/partials.cuh"
+#include "column_sums/column_sums.h"
 #include "layer_norm/layer_norm.h"
 #include "layer_norm/layer_norm_kernel.cuh"
 
@@ -94,9 +94,10 @@ void layer_norm_bwd(int dtype, Array dy, Array total, TypedArray w, Array mean, 
             p.C = static_cast<int>(C);
             p.aligned = aligned_rows<T>(dy, C, C) && aligned_rows<T>(total, stride_tn, C) &&
                         aligned_rows<T>(dtotal, C, C) && aligned_rows<T>(dx, C, C);
+            p.stride_p = (C + 3) / 4 * 4;
             const std::int64_t grid = blocks<Kernel, Layout>(N, stream.first);
             launch<Kernel>(grid, Kernel::kMaxSharedBytes, stream, p);
-            if (!sums.empty()) SumPartials::start(partials, grid, C, sums, stream);
+            if (!sums.empty()) column_sums(kFloat32, {partials, grid, C, p.stride_p}, sums, grid, stream);
         });
     });
 }

@@ -14,7 +14,7 @@ void matmul(int dtype,
             Matrix a, bool a_transposed,  // (M, K), or stored as (K, M)
             Matrix b, bool b_transposed,  // (K, N), or stored as (N, K)
             Matrix out, int out_dtype,    // (M, N), that of the operands or fp32
-            Array bias, int bias_dtype,   // (N,), that of the operands or fp32; may be absent
+            TypedArray bias,              // (N,), may be absent
             Array scale,                  // (), fp32; may be absent
             bool accumulate,              // into an fp32 out
             Array parts, std::int64_t blocks,  // of split_of_matmul

@@ -25,11 +25,11 @@ std::pair<std::int64_t, std::int64_t> split_of_matmul(
 }
 
 void matmul(int dtype, Matrix a, bool a_transposed, Matrix b, bool b_transposed, Matrix out, int out_dtype,
-            Array bias, int bias_dtype, Array scale, bool accumulate, Array parts, std::int64_t blocks,
+            TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t blocks,
             Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
         using Launch = MatmulLaunch<decltype(element)>;
-        Launch::start(a, a_transposed, b, b_transposed, out, out_dtype, bias, bias_dtype, scale, accumulate,
+        Launch::start(a, a_transposed, b, b_transposed, out, out_dtype, bias, scale, accumulate,
                       parts, blocks, stream);
     });
 }

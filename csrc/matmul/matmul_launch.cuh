@@ -8,8 +8,8 @@ namespace gpt1 {
 template <class T>
 struct MatmulLaunch {
     static void start(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed,
-                      const Matrix& out, int out_dtype, Array bias, int bias_dtype, Array scale,
-                      bool accumulate, Array parts, std::int64_t blocks, Stream stream);
+                      const Matrix& out, int out_dtype, TypedArray bias, Array scale, bool accumulate,
+                      Array parts, std::int64_t blocks, Stream stream);
 };
 
 }  // namespace gpt1

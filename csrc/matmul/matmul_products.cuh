@@ -9,8 +9,7 @@ namespace gpt1 {
 template <class T>
 void MatmulLaunch<T>::start(
     const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const Matrix& out, int out_dtype,
-    Array bias, int bias_dtype, Array scale, bool accumulate, Array parts, std::int64_t blocks,
-    Stream stream) {
+    TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t blocks, Stream stream) {
     const auto& [array, M, N, stride] = out;
     const ProductGrid grid(M, N, a_transposed ? std::get<1>(a) : std::get<2>(a), blocks);
 
@@ -21,7 +20,7 @@ void MatmulLaunch<T>::start(
     const auto finish = [&]<class Out>() {
         const auto params = [&]<int kWidth>() {
             return typename Store<Out, T, kWidth>::Params{
-                Global<Out>(std::get<0>(out)), std::get<3>(out), Bias<T>(bias, bias_dtype),
+                Global<Out>(std::get<0>(out)), std::get<3>(out), FloatArray<true>(bias),
                 Global<const float>(scale), accumulate};
         };
         if (grid.split()) {

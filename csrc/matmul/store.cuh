@@ -1,8 +1,8 @@
 // The epilogue of a product that is only stored.
 #pragma once
 
-#include "common/bias.cuh"
 #include "common/product.cuh"
+#include "common/rows.cuh"
 
 namespace gpt1 {
 
@@ -13,7 +13,7 @@ public:
     struct Params {
         Global<Out> out;  // (M, N)
         std::int64_t stride;
-        Bias<T> bias;               // (N,), may be absent
+        FloatArray<true> bias;      // (N,), may be absent
         Global<const float> scale;  // (), may be absent
         bool accumulate;
     };
@@ -27,7 +27,7 @@ public:
     /// For columns n to n + kWidth − 1.
     __device__ __forceinline__ Store(const Params& p, std::int64_t n, bool inside)
         : p_(p), n_(n), scale_(p.scale ? p.scale.load(0) : 1.0f),
-          bias_(p.bias.template load<kWidth>(n, inside)) {}
+          bias_(p.bias.template load_columns<kWidth>(n, inside ? kWidth : 0, true)) {}
 
     /// What `out` holds so far.
     __device__ __forceinline__ Input read(std::int64_t m, bool inside) const {

@@ -33,8 +33,8 @@ CurrentDevice::~CurrentDevice() {
     if (previous_ >= 0) cudaSetDevice(previous_);
 }
 
-std::vector<Preparation>& preparations() {
-    static std::vector<Preparation> all;
+std::vector<CompiledKernel>& compiled_kernels() {
+    static std::vector<CompiledKernel> all;
     return all;
 }
 
@@ -48,9 +48,10 @@ int shared_memory_limit(int device) { return attribute(cudaDevAttrMaxSharedMemor
 
 void prepare(int device) {
     const CurrentDevice current(device);
-    for (const Preparation kernel : preparations()) {
+    for (const CompiledKernel& kernel : compiled_kernels()) {
         // A kernel for larger chips stays unprepared here, and its launcher does not choose it.
-        const cudaError_t error = kernel();
+        const cudaError_t error = cudaFuncSetAttribute(
+            kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.max_shared_bytes);
         if (error != cudaSuccess) cudaGetLastError();
         if (error != cudaErrorInvalidValue) check(error, "cudaFuncSetAttribute");
     }

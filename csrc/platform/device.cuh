@@ -7,8 +7,9 @@
 
 #include <cstring>
 #include <type_traits>
-#include <vector>
+#include <typeinfo>
 
+#include "platform/device.h"
 #include "platform/types.h"
 
 namespace gpt1 {
@@ -320,9 +321,6 @@ private:
     int previous_ = -1;
 };
 
-/// What `prepare` does to each kernel on each device before its first launch.
-using Preparation = cudaError_t (*)();
-std::vector<Preparation>& preparations();
 void throw_launch_error(const char* kernel, const std::string& shape, cudaError_t error);
 
 template <class Kernel>
@@ -331,13 +329,20 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerProcessor)
     Kernel::run(params);
 }
 
+/// Lists a kernel among those of the module, once it is loaded.
 template <class Kernel>
 struct Registered {
-    static cudaError_t prepare() {
-        return cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    Kernel::kMaxSharedBytes);
+    static CompiledKernel describe() {
+        // The mangled names of this type and of entry<Kernel> differ in how they begin and end alone.
+        const std::string type = typeid(Registered).name(), arguments = type.substr(type.find('I'));
+        return {reinterpret_cast<const void*>(&entry<Kernel>),
+                "_ZN4gpt15entry" + arguments + "vNT_6ParamsE",
+                Kernel::kName,
+                Kernel::kThreads,
+                Kernel::kBlocksPerProcessor,
+                Kernel::kMaxSharedBytes};
     }
-    static inline const bool done = (preparations().push_back(&prepare), true);
+    static inline const bool done = (compiled_kernels().push_back(describe()), true);
 };
 
 /// Starts a kernel on a stream; does not wait for it.

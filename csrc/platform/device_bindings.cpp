@@ -1,9 +1,29 @@
 #include <pybind11/pybind11.h>
 
+#include "platform/device.h"
 #include "platform/runtime.h"
 
 namespace gpt1 {
 
-void bind_platform(pybind11::module_& module) { module.doc() = "The CUDA kernels of gpt1_kernels."; }
+namespace {
+
+pybind11::list kernels() {
+    using namespace pybind11::literals;
+    pybind11::list all;
+    for (const CompiledKernel& kernel : compiled_kernels()) {
+        all.append(pybind11::dict("symbol"_a = kernel.symbol, "name"_a = kernel.name,
+                                  "threads"_a = kernel.threads,
+                                  "blocks_per_processor"_a = kernel.blocks_per_processor,
+                                  "max_shared_bytes"_a = kernel.max_shared_bytes));
+    }
+    return all;
+}
+
+}  // namespace
+
+void bind_platform(pybind11::module_& module) {
+    module.doc() = "The CUDA kernels of gpt1_kernels.";
+    module.def("kernels", &kernels, "What each kernel was compiled for; needs no GPU.");
+}
 
 }  // namespace gpt1

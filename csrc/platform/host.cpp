@@ -33,7 +33,8 @@ fp16::fp16(float x) {
 }
 
 float to_float(fp16 x) {
-    const std::uint32_t sign = (x.bits & 0x8000u) << 16, exponent = x.bits >> 10 & 31, fraction = x.bits & 0x3ff;
+    const std::uint32_t sign = (x.bits & 0x8000u) << 16;
+    const std::uint32_t exponent = x.bits >> 10 & 31, fraction = x.bits & 0x3ff;
     if (exponent == 0) {
         const float size = static_cast<float>(fraction) * 0x1p-24f;
         return sign ? -size : size;

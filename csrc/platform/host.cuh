@@ -125,7 +125,8 @@ T shuffle(T value, int lane, Site site = Site::current()) {
     using In = host::Addressed<T>;
     return host::exchange<T>("shuffle", site, In{value, lane}, [](host::Slot* slots) {
         for (int i = 0; i < host::kLanes; ++i) {
-            host::taken<T>(slots[i]) = host::given<In>(slots[host::given<In>(slots[i]).lane % host::kLanes]).value;
+            const int from = host::given<In>(slots[i]).lane % host::kLanes;
+            host::taken<T>(slots[i]) = host::given<In>(slots[from]).value;
         }
     });
 }
@@ -158,7 +159,8 @@ public:
         return mask ? data_[i] : Value(0.0f);
     }
 
-    void store(std::int64_t i, std::type_identity_t<T> value, bool mask = true, Site site = Site::current()) const {
+    void store(std::int64_t i, std::type_identity_t<T> value, bool mask = true,
+               Site site = Site::current()) const {
         check(access(Kind::kWrite, i, 1, mask), site);
         if (mask) data_[i] = value;
     }
@@ -212,7 +214,8 @@ public:
     Shared slice(int first, int count) const {
         if (first < 0 || first + count > this->extent_) {
             host::fault("slice of " + std::to_string(count) + " from element " + std::to_string(first) +
-                            " of a view of shared memory with " + std::to_string(this->extent_), Site::current());
+                            " of a view of shared memory with " + std::to_string(this->extent_),
+                        Site::current());
         }
         return Shared(this->data_ + first, count);
     }
@@ -239,8 +242,8 @@ private:
 };
 
 template <class T>
-void copy_async(const Shared<std::remove_const_t<T>>& to, std::int64_t i, const Global<T>& from, std::int64_t j,
-                bool mask = true, Site site = Site::current()) {
+void copy_async(const Shared<std::remove_const_t<T>>& to, std::int64_t i, const Global<T>& from,
+                std::int64_t j, bool mask = true, Site site = Site::current()) {
     constexpr int count = 16 / sizeof(T);
     host::check(from.access(host::Kind::kRead, j, count, mask), site);
     host::start_copy(to.access(host::Kind::kWrite, i, count, true), mask ? from.address(j) : nullptr, site);
@@ -261,8 +264,9 @@ void copy_async_wait(Site site = Site::current()) {
     host::wait_for_copies(kOpenGroups, site);
 }
 
-inline std::int64_t compare_exchange(const Global<std::int64_t>& memory, std::int64_t i, std::int64_t expected,
-                                     std::int64_t desired, Site site = Site::current()) {
+inline std::int64_t compare_exchange(const Global<std::int64_t>& memory, std::int64_t i,
+                                     std::int64_t expected, std::int64_t desired,
+                                     Site site = Site::current()) {
     host::check(memory.access(host::Kind::kAtomic, i, 1, true), site);
     std::int64_t* address = memory.address(i);
     const std::int64_t found = *address;

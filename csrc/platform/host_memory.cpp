@@ -101,7 +101,8 @@ void check_cell(Cell& cell, Kind kind, std::uint8_t bytes, std::uint32_t oldest,
     if (kind == Kind::kRead) {
         const bool same = reads.block == block.serial && reads.epoch == block.epoch;
         if (!same) {
-            reads = {block.serial, block.epoch, warp().epoch, static_cast<std::int16_t>(thread->index), bytes, 0};
+            const auto index = static_cast<std::int16_t>(thread->index);
+            reads = {block.serial, block.epoch, warp().epoch, index, bytes, 0};
             return;
         }
         if (reads.thread != thread->index) {
@@ -218,7 +219,8 @@ void count(const Access& access, const Site& site) {
     together.addresses.emplace_back(lane(), access.address());
     if (access.space == Space::kGlobal) {
         auto& sectors = access.kind == Kind::kRead ? sectors_read : sectors_written;
-        for (auto s = access.address() / kSector; s <= (access.address() + access.bytes() - 1) / kSector; ++s) {
+        const auto last = (access.address() + access.bytes() - 1) / kSector;
+        for (auto s = access.address() / kSector; s <= last; ++s) {
             sectors.insert(s);
         }
     }
@@ -260,8 +262,8 @@ void check(const Access& access, const Site& site) {
     const char* space = access.space == Space::kGlobal ? "global" : "shared";
     if (access.index < 0 || access.index + access.count > access.extent) {
         fault(std::string(access.kind == Kind::kRead ? "reads " : "writes ") + std::to_string(access.count) +
-                  " from element " + std::to_string(access.index) + " of a view of " + space + " memory with " +
-                  std::to_string(access.extent), site);
+                  " from element " + std::to_string(access.index) + " of a view of " + space +
+                  " memory with " + std::to_string(access.extent), site);
     }
     if (access.address() % access.bytes() != 0) {
         fault("accesses " + std::to_string(access.bytes()) + " bytes of " + space + " memory at element " +

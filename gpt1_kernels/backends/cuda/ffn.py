@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, view
+from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, typed_view, view
 from gpt1_kernels.backends.cuda.matmul import (
     DTYPES,
     VECTOR,
     aligned,
-    bias_arguments,
     column_sums,
     matmul,
     matrix,
@@ -51,7 +50,7 @@ def gelu_ffn_fwd(
         bias = aligned(b_fc[None])[0]
         launch(
             "gelu_product", x, DTYPE_CODES[x.dtype],
-            matrix(x), matrix(b), b_transposed, *bias_arguments(bias), matrix(hidden), view(pre),
+            matrix(x), matrix(b), b_transposed, typed_view(bias), matrix(hidden), view(pre),
         )  # fmt: skip
         matmul(hidden, w_proj, y, bias=None if b_proj is None else aligned(b_proj[None])[0])
     return y, pre

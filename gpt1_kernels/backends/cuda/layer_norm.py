@@ -101,7 +101,7 @@ def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     if total.numel() > 0:
         dtype = DTYPE_CODES[total.dtype]
         blocks = query("layer_norm_bwd_blocks", total, dtype, N, C)
-        partials = dy.new_empty(sum(needs[2:]), blocks, C, dtype=torch.float32)
+        partials = dy.new_empty(sum(needs[2:]), blocks, -(-C // 4) * 4, dtype=torch.float32)
         launch(
             "layer_norm_bwd", total, dtype,
             view(dy), view(total), typed_view(w), view(mean), view(rstd), view(seed),

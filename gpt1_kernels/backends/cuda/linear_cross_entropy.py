@@ -15,15 +15,13 @@ from torch import Tensor
 
 from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, view
 from gpt1_kernels.backends.cuda.matmul import DTYPES, VECTOR, aligned, matmul, padded
+from gpt1_kernels.backends.logits import CHUNK_BYTES, fp16_gain, padded_vocabulary
 from gpt1_kernels.backends.portable.ids import check_ids
 from gpt1_kernels.errors import error_record
 
 __all__ = ["DTYPES", "linear_cross_entropy_bwd", "linear_cross_entropy_fwd", "scale_gradients"]
 
-LARGEST_FP16_GRADIENT = 2.0**15
 TILE_ROWS = 128
-CHUNK_BYTES = 230 * 10**6
-"""Of logits: beside an fp32 gradient of GPT-1's head, 124 MB, a workspace below 400 MB."""
 
 
 def linear_cross_entropy_fwd(
@@ -101,7 +99,7 @@ def _by_chunks(
     logits = h.new_empty(min(N, chunk_rows(V, h.dtype)), padded_vocabulary(V))
     gain = unscale = None
     if h.dtype == torch.float16 and any(needs):
-        gain = _fp16_gain(targets, weight, ignore_index)
+        gain = fp16_gain(targets, weight, ignore_index)
         unscale = 1 / gain
     for first in range(0, N, len(logits)):
         chunk = slice(first, min(first + len(logits), N))
@@ -121,26 +119,10 @@ def _by_chunks(
     return dh, dw
 
 
-def padded_vocabulary(V: int) -> int:
-    """Columns of a buffer of logits, whose rows are then aligned for 16-byte accesses."""
-    return -(-V // 64) * 64
-
-
 def chunk_rows(V: int, dtype: torch.dtype) -> int:
     """How many rows of logits exist at a time: whole tiles of a product."""
     tile_bytes = TILE_ROWS * padded_vocabulary(V) * dtype.itemsize
     return max(1, CHUNK_BYTES // tile_bytes) * TILE_ROWS
-
-
-def _fp16_gain(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """fp32 (), the factor that puts the largest element of dlogits at the top of fp16's range.
-
-    Without it, a loss scale would overflow there, and small probabilities lose digits.
-    """
-    if weight is None:
-        return targets.new_full((), LARGEST_FP16_GRADIENT, dtype=torch.float32)
-    largest = weight.masked_fill(targets == ignore_index, 0).abs().amax()
-    return LARGEST_FP16_GRADIENT / largest.clamp(min=1e-30)
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, module, view
+from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, module, typed_view, view
 
 DTYPES = (torch.bfloat16, torch.float16)
 VECTOR = 8  # elements in 16 bytes
@@ -47,7 +47,7 @@ def matmul(
     launch(
         "matmul", a, DTYPE_CODES[a.dtype],
         matrix(a_stored), a_transposed, matrix(b_stored), b_transposed,
-        matrix(out), DTYPE_CODES[out.dtype], *bias_arguments(bias), view(scale), accumulate,
+        matrix(out), DTYPE_CODES[out.dtype], typed_view(bias), view(scale), accumulate,
         view(parts), blocks,
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ def column_sums(x: Tensor) -> Tensor:
     while True:
         runs = -(-x.shape[0] // RUN)
         sums = x.new_empty(runs, x.shape[1], dtype=torch.float32)
-        launch("column_sums", x, DTYPE_CODES[x.dtype], matrix(x), view(sums), RUN)
+        launch("column_sums", x, DTYPE_CODES[x.dtype], matrix(x), [typed_view(sums)], RUN)
         if runs == 1:
             return sums[0]
         x = sums
@@ -84,11 +84,6 @@ def padded(x: Tensor | None) -> Tensor | None:
 def matrix(x: Tensor) -> tuple[tuple[int, int], int, int, int]:
     """What the extension takes for a row-major matrix."""
     return view(x), *x.shape, x.stride(0)
-
-
-def bias_arguments(bias: Tensor | None) -> tuple[tuple[int, int], int]:
-    """What the extension takes for a bias."""
-    return view(bias), DTYPE_CODES[torch.float32 if bias is None else bias.dtype]
 
 
 @cache

@@ -202,7 +202,7 @@ def causal_attention_fwd_kernel(
     start = 0
     first_key = None
     if first_key_ptr is not None:
-        first_key = tl.load(first_key_ptr + batch)
+        first_key = tl.maximum(tl.load(first_key_ptr + batch), 0)
         row_mask &= row + Tk - Tq >= first_key
         start = first_key // BLOCK_N * BLOCK_N
 
@@ -370,7 +370,7 @@ def causal_attention_bwd_dq_kernel(
     first_visible = 0
     first_key = None
     if first_key_ptr is not None:
-        first_key = tl.load(first_key_ptr + batch)
+        first_key = tl.maximum(tl.load(first_key_ptr + batch), 0)
         row_mask &= row + Tk - Tq >= first_key
         first_visible = first_key
     start = first_visible // BLOCK_N * BLOCK_N
@@ -511,7 +511,7 @@ def causal_attention_bwd_dkdv_kernel(
     end = Tq
     first_key = None
     if first_key_ptr is not None:
-        first_key = tl.load(first_key_ptr + batch)
+        first_key = tl.maximum(tl.load(first_key_ptr + batch), 0)
         key_mask &= key >= first_key
         first_query = tl.maximum(first_query, first_key + Tq - Tk)
         end = tl.where(start_n + BLOCK_N <= first_key, 0, Tq)  # nothing sees padding

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from gpt1_kernels.backends import count_launch
+from gpt1_kernels.backends.logits import CHUNK_BYTES, padded_vocabulary
 
 INTERPRETED_PROCESSORS = 2
 SMALLEST_SHARED_MEMORY = 99 * 1024  # of compute capabilities 8.6, 8.9 and 12.0
@@ -203,15 +204,6 @@ def split_programs(tiles: int, K: int, config: ProductTiles, device: torch.devic
         return 0
     steps = tiles * triton.cdiv(K, config.BLOCK_K)
     return min(processors(device), steps // SHORTEST_SHARE)
-
-
-def padded_vocabulary(V: int) -> int:
-    """Columns of a buffer of logits, whose rows are then aligned for 16-byte accesses."""
-    return triton.cdiv(V, 64) * 64
-
-
-CHUNK_BYTES = 230 * 10**6
-"""Of logits: beside an fp32 gradient of GPT-1's head, 124 MB, a workspace below 400 MB."""
 
 
 def chunk_rows(C: int, V: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -17,18 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpt1_kernels.backends.logits import fp16_gain, padded_vocabulary
 from gpt1_kernels.backends.portable.ids import check_ids
-from gpt1_kernels.backends.triton.launch import (
-    chunk_rows,
-    launch,
-    padded_vocabulary,
-    row_tiles,
-    vocabulary_tiles,
-)
+from gpt1_kernels.backends.triton.launch import chunk_rows, launch, row_tiles, vocabulary_tiles
 from gpt1_kernels.backends.triton.matmul import matmul, product, tile_indices
 from gpt1_kernels.errors import error_record
-
-LARGEST_FP16_GRADIENT = 2.0**15
 
 
 @triton.jit
@@ -203,7 +196,7 @@ def _by_chunks(
     logits = h.new_empty(min(N, chunk_rows(C, V, h.dtype, h.device)), columns)
     gain = None
     if h.dtype == torch.float16 and any(needs):
-        gain = _fp16_gain(targets, weight, ignore_index)
+        gain = fp16_gain(targets, weight, ignore_index)
         unscale = 1 / gain
         scaled_dh = h.new_empty(len(logits), C if need_h else 0, dtype=torch.float32)
     for first in range(0, N, len(logits)):
@@ -227,17 +220,6 @@ def _by_chunks(
     if need_w and gain is not None:
         _scale(dw, unscale, dw)
     return dh, dw
-
-
-def _fp16_gain(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """fp32 (), the factor that puts the largest element of dlogits at the top of fp16's range.
-
-    Without it, a loss scale would overflow there, and small probabilities lose digits.
-    """
-    if weight is None:
-        return targets.new_full((), LARGEST_FP16_GRADIENT, dtype=torch.float32)
-    largest = weight.masked_fill(targets == ignore_index, 0).abs().amax()
-    return LARGEST_FP16_GRADIENT / largest.clamp(min=1e-30)
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
-// Sums over rows, for the gradients of biases.
+// Sums over rows, for the gradients of parameters that all rows share.
 #pragma once
 
-#include "platform/platform.cuh"
+#include "common/rows.cuh"
 
 namespace gpt1 {
 
@@ -9,10 +9,12 @@ namespace gpt1 {
 /// threads' shares are then added in order. On 9.0: 64 registers and 8 KB, so four blocks to a processor.
 template <class T>
 struct ColumnSums {
+    static constexpr int kMostSums = 3;
+
     struct Params {
-        Global<const T> x;   // (rows, columns)
-        Global<float> sums;  // (ceil(rows / run), columns)
-        std::int64_t rows, columns, stride, run;
+        Global<const T> x;                    // (sums, rows, columns)
+        FloatArray<false> totals[kMostSums];  // of (runs, columns)
+        std::int64_t rows, columns, stride, run, runs;
         std::string shape() const { return shape_text("rows", rows, "columns", columns, "run", run); }
     };
     static constexpr int kWidth = kVector<T>, kLanes = 8, kColumns = kLanes * kWidth;
@@ -25,22 +27,21 @@ struct ColumnSums {
     __device__ static void run(const Params& p) {
         const std::int64_t strips = (p.columns + kColumns - 1) / kColumns, index = block_index() / strips;
         const std::int64_t first_column = block_index() % strips * kColumns;
-        const std::int64_t end = (index + 1) * p.run < p.rows ? (index + 1) * p.run : p.rows;
+        const std::int64_t sum = index / p.runs, number = index % p.runs, first = number * p.run;
+        const std::int64_t end = first + p.run < p.rows ? first + p.run : p.rows;
         const int row = thread_index() / kLanes, column = thread_index() % kLanes * kWidth;
         const bool inside = first_column + column < p.columns;
-        Vector<float, kWidth> sum{};
+        const std::int64_t origin = sum * p.rows * p.stride + first_column + column;
+        Vector<float, kWidth> share{};
 #pragma unroll 8
-        for (std::int64_t r = index * p.run + row; r < end; r += kRows) {
-            const std::int64_t offset = r * p.stride + first_column + column;
-            const auto x = widen(p.x.template load_vector<kWidth>(offset, inside));
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) sum[i] += x[i];
+        for (std::int64_t r = first + row; r < end; r += kRows) {
+            add(share, widen(p.x.template load_vector<kWidth>(origin + r * p.stride, inside)));
         }
 
         SharedArena arena;
         const Shared<float> shares = arena.take<float>(kWidth * kPlane);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) shares.store(i * kPlane + thread_index(), sum[i]);
+        for (int i = 0; i < kWidth; ++i) shares.store(i * kPlane + thread_index(), share[i]);
         barrier();
         if (thread_index() >= kColumns) return;
         const int place = thread_index() % kWidth * kPlane + thread_index() / kWidth;
@@ -48,7 +49,10 @@ struct ColumnSums {
 #pragma unroll 8
         for (int i = 0; i < kRows; ++i) total += shares.load(place + i * kLanes);
         const std::int64_t n = first_column + thread_index();
-        p.sums.store(index * p.columns + n, total, n < p.columns);
+#pragma unroll
+        for (int i = 0; i < kMostSums; ++i) {
+            if (i == sum) p.totals[i].store(number * p.columns + n, total, n < p.columns);
+        }
     }
 };
 
