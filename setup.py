@@ -36,6 +36,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "hypothesis",
             "transformers",
             "ruff==0.17.6",

@@ -12,8 +12,8 @@ template <class T>
 Operand<T> operand(const Matrix& matrix) {
     const auto& [array, rows, columns, stride] = matrix;
     constexpr std::int64_t kMost = std::numeric_limits<int>::max() - 1024;  // Fetch counts down in int
-    const bool empty = rows == 0 || columns == 0;
-    if (rows > kMost || columns > kMost || (!empty && (columns % 8 != 0 || stride % 8 != 0 || array.first % 16 != 0))) {
+    const bool aligned = columns % 8 == 0 && stride % 8 == 0 && array.first % 16 == 0;
+    if (rows > kMost || columns > kMost || !(aligned || rows * columns == 0)) {
         throw std::invalid_argument(
             "operand of " + shape_text("rows", rows, "columns", columns, "stride", stride) +
             ": expected rows of whole 16 bytes and fewer than 2^31 - 1024 of them");

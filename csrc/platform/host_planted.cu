@@ -141,6 +141,7 @@ void one_group_too_few_waited_for(const Params& p) {
     else copy_async_wait<1>();
     barrier();
     p.y.store(i, memory.load(i));
+    copy_async_wait<0>();
 }
 
 /// Two stages; the copy of the round after next goes where others may still be reading.
