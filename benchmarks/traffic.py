@@ -346,7 +346,7 @@ CALLS = {
     "dropout_mask": Call(
         _dropout_mask,
         lambda _, B: roofline.dropout_mask(B, H, T),
-        counted_at={"triton": (1 / H, 2 / H), "cuda_host": (1 / H, 2 / H)},
+        counted_at=dict.fromkeys(COUNTING, (1 / H, 2 / H)),
     ),
     "embedding_fwd": Call(
         _embedding("fwd"),
@@ -356,17 +356,17 @@ CALLS = {
     "embedding_bwd": Call(
         _embedding("bwd"),
         lambda _, B: roofline.embedding_bwd(B * T, V, T, C, S),
-        counted_at={"triton": (1, 2), "cuda_host": (1, 2)},
+        counted_at=dict.fromkeys(COUNTING, (1, 2)),
     ),
     "causal_attention_qkvpacked_fwd": Call(
         _attention("fwd"),
         lambda _, B: roofline.causal_attention_fwd(B, T, H, D, S),
-        counted_at={"triton": (1 / H, 2 / H), "cuda_host": (1 / H, 2 / H)},
+        counted_at=dict.fromkeys(COUNTING, (1 / H, 2 / H)),
     ),
     "causal_attention_qkvpacked_bwd": Call(
         _attention("bwd"),
         lambda _, B: roofline.causal_attention_bwd(B, T, H, D, S),
-        counted_at={"triton": (1 / H, 2 / H), "cuda_host": (1 / H, 2 / H)},
+        counted_at=dict.fromkeys(COUNTING, (1 / H, 2 / H)),
     ),
     "causal_attention_qkvpacked_bwd in 99 KB": Call(
         _attention("bwd"),
@@ -377,7 +377,7 @@ CALLS = {
     "gelu_ffn_fwd": Call(
         _gelu_ffn("fwd", C, F),
         lambda _, B: roofline.gelu_ffn_fwd(B * T, C, F, S, S),
-        counted_at={"triton": (0.25, 0.5), "cuda_host": (0.25, 0.5)},
+        counted_at=dict.fromkeys(COUNTING, (0.25, 0.5)),
     ),
     "gelu_ffn_bwd": Call(
         _gelu_ffn("bwd", C, F),
@@ -387,17 +387,17 @@ CALLS = {
     f"gelu_ffn_fwd of width {NARROW}": Call(
         _gelu_ffn("fwd", NARROW, 4 * NARROW),
         lambda _, B: roofline.gelu_ffn_fwd(B * T, NARROW, 4 * NARROW, S, S),
-        counted_at={"triton": (0.25, 0.5), "cuda_host": (0.25, 0.5)},
+        counted_at=dict.fromkeys(COUNTING, (0.25, 0.5)),
     ),
     f"gelu_ffn_bwd of width {NARROW}": Call(
         _gelu_ffn("bwd", NARROW, 4 * NARROW),
         lambda _, B: roofline.gelu_ffn_bwd(B * T, NARROW, 4 * NARROW, S, S),
-        counted_at={"triton": (8, 16), "cuda_host": (8, 16)},
+        counted_at=dict.fromkeys(COUNTING, (8, 16)),
     ),
     f"linear_cross_entropy of width {NARROW}": Call(
         _linear_cross_entropy,
         lambda _, B: roofline.linear_cross_entropy(B * T, NARROW, V_COUNTED, S),
-        counted_at={"triton": (0.25, 0.5), "cuda_host": (0.25, 0.5)},
+        counted_at=dict.fromkeys(COUNTING, (0.25, 0.5)),
     ),
 }
 
