@@ -76,12 +76,12 @@ def causal_attention_fwd(B: int, T: int, H: int, D: int, s: int) -> Floor:
 
 
 def causal_attention_bwd(B: int, T: int, H: int, D: int, s: int) -> Floor:
-    """q, k, v, o, do, dropout bits, lse → dq, dk, dv; delta is written and read.
+    """q, k, v, o, do, dropout bits, lse → dq, dk, dv.
 
-    The products are S, dP, dV, dQ and dK.
+    Delta is not counted: it need not leave the chip. The products are S, dP, dV, dQ and dK.
     """
     A, rows = B * T * H * D * s, B * H * T
-    return Floor(8 * A + dropout_bits(rows, T) + 12 * rows, 5 * _causal_product(rows, T, D))
+    return Floor(8 * A + dropout_bits(rows, T) + 4 * rows, 5 * _causal_product(rows, T, D))
 
 
 def gelu_ffn_fwd(N: int, C: int, F: int, s: int, p: int) -> Floor:

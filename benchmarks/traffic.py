@@ -13,18 +13,22 @@ issued      distinct sectors of each load or store of each program, in CUDA of e
 Both are given in bytes and over the floor of `benchmarks.roofline`. Work that a launcher leaves to
 PyTorch, such as zeros or sorting, counts as reading each input and writing each output once.
 
-GPT-1's training shape is too large to interpret. Once there are enough rows to occupy the grid of
+GPT-1's training shape is too large for either. Once there are enough rows to occupy the grid of
 the chip, 132 processors, its size is constant, and more sequences only lengthen the programs'
 loops: bytes are a + b · B exactly. They are counted at two small B and continued to B = 64.
-Attention's programs each work on one head, so that a head or two are parts of a small B.
+Attention's programs each work on one head, and so do those of its mask: a head or two are parts of
+a small B.
 
 A product's tiles read their operands whatever program they fall to, so its bytes grow by the row of
-tiles, from the first. Where sums are split (the weights' gradients of `gelu_ffn`), the cuts lie at
-the same shares of all steps for 4096 · n rows, n ≤ 10: then the parts are equally many.
+tiles, from the first. Where sums are split (the weights' gradients of `gelu_ffn`), the cuts of the
+Triton kernels lie at the same shares of all steps for 4096 · n rows, n ≤ 10: then the parts are
+equally many. In CUDA they do not, and would take minutes besides: `gelu_ffn` is also counted with a
+width of 128. There a program takes 16 steps, whatever the batch, and the parts grow with the rows.
 
-GPT-1's head is too large even so. `linear_cross_entropy` is counted with 798 of the 40478 tokens,
-which end in the same fraction of a tile, and chunks of 256 rows; its first chunk makes dW and every
-other adds to it, so bytes are linear in the chunks.
+GPT-1's head is too large even so. `linear_cross_entropy` is counted at the same width with 798 of
+the 40478 tokens, which end in the same fraction of a tile, and chunks of 128 rows; its first chunk
+makes dW and every other adds to it, so bytes are linear in the chunks. Only at GPT-1's vocabulary
+are the sums of dh split: their parts are not in the count.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ if __name__ == "__main__":
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from unittest import mock
 
 import numpy as np
@@ -50,18 +54,18 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from benchmarks import roofline
 from benchmarks.roofline import SECTOR, Floor
 from gpt1_kernels.backends import kernel
-from gpt1_kernels.backends.cuda import extension
+from gpt1_kernels.backends.cuda import extension, linear_cross_entropy, matmul
 from gpt1_kernels.backends.logits import padded_vocabulary
 from gpt1_kernels.backends.triton import launch as launching
 from gpt1_kernels.errors import error_record
 
 PROCESSORS = 132
-PROGRAMS = 8 * PROCESSORS  # of a LayerNorm's grid
-CUDA_BLOCKS = 3 * PROCESSORS  # of its backward's
 SHARED_MEMORY = 227 * 1024
+PROGRAMS = {"triton": 8 * PROCESSORS, "cuda_host": 3 * PROCESSORS}  # of a LayerNorm's backward
 BATCH, T, C, H, D, V = 64, 512, 768, 12, 64, 40478
 F = 4 * C
-V_COUNTED, CHUNK = 798, 256
+NARROW = 128
+V_COUNTED, CHUNK = 798, 128
 DTYPE, S = torch.bfloat16, 2
 
 
@@ -142,55 +146,86 @@ def counting() -> Iterator[Traffic]:
         yield traffic
 
 
+def _any_bits(seed, block, row, step, site, n_rounds):
+    """Four words in the place of Philox's: drawing them moves no bytes, and takes the most time."""
+    word = block + row
+    return word, word, word, word
+
+
+def _any_product(builder, a, b, accumulator, *options):
+    """No bytes either, and no address depends on it."""
+    return accumulator
+
+
 @contextmanager
-def counting_cuda() -> Iterator[Traffic]:
-    """Counts, on the CPU build of the CUDA kernels for 132 processors, the traffic inside."""
+def _counting_triton(shared_memory: int) -> Iterator[Traffic]:
+    """`counting` as on a chip of 132 processors."""
+    caches = launching.processors, launching.shared_memory, launching.product_tiles
+    with (
+        mock.patch.multiple(
+            launching, INTERPRETED_PROCESSORS=PROCESSORS, SMALLEST_SHARED_MEMORY=shared_memory
+        ),
+        mock.patch.object(tl, "philox", _any_bits),
+        mock.patch.object(InterpreterBuilder, "create_dot", _any_product),
+        _forgotten(*caches),
+        counting() as traffic,
+    ):
+        yield traffic
+
+
+@contextmanager
+def _counting_cuda(shared_memory: int) -> Iterator[Traffic]:
+    """The same on the CPU build of the CUDA kernels."""
     build, traffic = extension.module("cuda_host"), Traffic()
     build.set_processors(PROCESSORS)
+    build.set_shared_memory(shared_memory)
     build.count_traffic(True)
     try:
-        with _AroundKernels(traffic):
+        with _forgotten(matmul._split), _AroundKernels(traffic):
             yield traffic
     finally:
         build.count_traffic(False)
-        build.set_processors(2)
+        build.set_shared_memory(launching.SMALLEST_SHARED_MEMORY)
+        build.set_processors(launching.INTERPRETED_PROCESSORS)
     for of_kernel in build.traffic().values():
         traffic.compulsory += of_kernel["compulsory"]
         traffic.issued += of_kernel["issued"]
 
 
+COUNTING = {"triton": _counting_triton, "cuda_host": _counting_cuda}
+
+
 @contextmanager
-def data_centre_chip() -> Iterator[None]:
-    """Launches as on a chip of 132 processors with 227 KB of shared memory."""
-    caches = launching.processors, launching.shared_memory, launching.product_tiles
-    with mock.patch.multiple(
-        launching, INTERPRETED_PROCESSORS=PROCESSORS, SMALLEST_SHARED_MEMORY=SHARED_MEMORY
-    ):
-        for cached in caches:
-            cached.cache_clear()
+def _forgotten(*cached) -> Iterator[None]:
+    """What these functions remember of a chip holds inside or outside, not in both."""
+    for function in cached:
+        function.cache_clear()
+    try:
         yield
-    for cached in caches:
-        cached.cache_clear()
+    finally:
+        for function in cached:
+            function.cache_clear()
 
 
 @dataclass(frozen=True)
 class Call:
     """A kernel-level call of an op.
 
-    `prepare(B)` makes the inputs and returns what runs it; `floor(B)` is its floor. It is counted
-    at two batch sizes from which on the grid grows no more, or only with the batch; an op of rows
-    takes part of a sequence, attention some of its heads.
+    `prepare(backend, B)` makes the inputs and returns what runs it; `floor(backend, B)` is its
+    floor. On each backend it is counted at two batch sizes from which on the grid grows no more, or
+    only with the batch; an op of rows takes part of a sequence, attention some of its heads.
     """
 
-    prepare: Callable[[float], Callable[[], object]]
-    floor: Callable[[int], Floor]
-    counted_at: tuple[float, float]
+    prepare: Callable[[str, float], Callable[[], object]]
+    floor: Callable[[str, int], Floor]
+    counted_at: dict[str, tuple[float, float]]
+    shared_memory: int = SHARED_MEMORY
 
 
-def _layer_norm(
-    op: str, direction: str, *, dropout: bool, backend: str = "triton"
-) -> Callable[[float], Callable]:
-    def prepare(B: float):
+def _layer_norm(op: str, direction: str) -> Callable:
+    dropout = op != "layer_norm"
+
+    def prepare(backend: str, B: float):
         N = round(B * T)
         x, other = torch.randn(2, N, C, dtype=DTYPE)
         w, b, x_bias = torch.randn(3, C, dtype=DTYPE)
@@ -209,15 +244,15 @@ def _layer_norm(
     return prepare
 
 
-def _dropout_mask(B: int, backend: str = "triton"):
+def _dropout_mask(backend: str, B: float):
     run, seed = kernel(backend, "dropout_mask", "dropout_mask"), torch.zeros(2, dtype=torch.int64)
-    return lambda: run(seed, (B, H, T, T), 0.1, 0, True)
+    return lambda: run(seed, (1, round(B * H), T, T), 0.1, 0, True)
 
 
-def _embedding(direction: str, backend: str = "triton") -> Callable[[int], Callable]:
+def _embedding(direction: str) -> Callable:
     """All ids differ, the most that can be asked of the tables."""
 
-    def prepare(B: int):
+    def prepare(backend: str, B: int):
         error_record("embedding", V, torch.device("cpu"))  # made once, not in every call
         ids = torch.randperm(V, generator=torch.Generator().manual_seed(0))[: B * T].view(B, T)
         seed = torch.zeros(2, dtype=torch.int64)
@@ -238,13 +273,13 @@ def _embedding(direction: str, backend: str = "triton") -> Callable[[int], Calla
     return prepare
 
 
-def _attention(direction: str) -> Callable[[float], Callable]:
-    def prepare(B: float):
+def _attention(direction: str) -> Callable:
+    def prepare(backend: str, B: float):
         heads = round(B * H)
         qkv = torch.randn(1, T, 3 * heads * D, dtype=DTYPE)
         bits = torch.zeros(1, heads, T, T // 32, dtype=torch.int32)
         options = bits, None, D**-0.5, 0.1
-        run = kernel("triton", "causal_attention", f"causal_attention_qkvpacked_{direction}")
+        run = kernel(backend, "causal_attention", f"causal_attention_qkvpacked_{direction}")
         if direction == "fwd":
             return lambda: run(qkv, heads, *options)
         dout, out = torch.randn(2, 1, T, heads * D, dtype=DTYPE)
@@ -254,12 +289,12 @@ def _attention(direction: str) -> Callable[[float], Callable]:
     return prepare
 
 
-def _gelu_ffn(direction: str) -> Callable[[float], Callable]:
-    def prepare(B: float):
+def _gelu_ffn(direction: str, C: int, F: int) -> Callable:
+    def prepare(backend: str, B: float):
         N = round(B * T)
         x, dy = torch.randn(2, N, C, dtype=DTYPE)
         w_fc, w_proj = torch.randn(C, F, dtype=DTYPE), torch.randn(F, C, dtype=DTYPE)
-        run = kernel("triton", "gelu_ffn", f"gelu_ffn_{direction}")
+        run = kernel(backend, "gelu_ffn", f"gelu_ffn_{direction}")
         if direction == "fwd":
             b_fc, b_proj = torch.randn(F, dtype=DTYPE), torch.randn(C, dtype=DTYPE)
             return lambda: run(x, w_fc, b_fc, w_proj, b_proj, True)
@@ -269,18 +304,19 @@ def _gelu_ffn(direction: str) -> Callable[[float], Callable]:
     return prepare
 
 
-def _linear_cross_entropy(B: float):
+def _linear_cross_entropy(backend: str, B: float):
     error_record("linear_cross_entropy", V_COUNTED, torch.device("cpu"))
     N = round(B * T)
-    h, w = torch.randn(N, C, dtype=DTYPE), torch.randn(V_COUNTED, C, dtype=DTYPE)
+    h, w = torch.randn(N, NARROW, dtype=DTYPE), torch.randn(V_COUNTED, NARROW, dtype=DTYPE)
     targets = torch.arange(N) % V_COUNTED
-    run = kernel("triton", "linear_cross_entropy", "linear_cross_entropy_fwd")
+    run = kernel(backend, "linear_cross_entropy", "linear_cross_entropy_fwd")
+    chunking = launching if backend == "triton" else linear_cross_entropy
     chunk_bytes = CHUNK * padded_vocabulary(V_COUNTED) * S
 
     def unchecked():
         with (
-            mock.patch("gpt1_kernels.backends.triton.linear_cross_entropy.check_ids"),
-            mock.patch.object(launching, "CHUNK_BYTES", chunk_bytes),
+            mock.patch(f"{run.__module__}.check_ids"),
+            mock.patch.object(chunking, "CHUNK_BYTES", chunk_bytes),
         ):
             run(h, w, targets, None, -100, [True] * 2)
 
@@ -289,147 +325,115 @@ def _linear_cross_entropy(B: float):
 
 CALLS = {
     "layer_norm_fwd": Call(
-        _layer_norm("layer_norm", "fwd", dropout=False),
-        lambda B: roofline.layer_norm_fwd(B * T, C, S, S),
-        counted_at=(4.25, 4.375),
+        _layer_norm("layer_norm", "fwd"),
+        lambda _, B: roofline.layer_norm_fwd(B * T, C, S, S),
+        counted_at={"triton": (4.125, 4.1875), "cuda_host": (5.25, 5.375)},
     ),
     "layer_norm_bwd": Call(
-        _layer_norm("layer_norm", "bwd", dropout=False),
-        lambda B: roofline.layer_norm_bwd(B * T, C, S, S, PROGRAMS),
-        counted_at=(2.125, 2.25),
+        _layer_norm("layer_norm", "bwd"),
+        lambda backend, B: roofline.layer_norm_bwd(B * T, C, S, S, PROGRAMS[backend]),
+        counted_at={"triton": (2.0625, 2.125), "cuda_host": (3.125, 3.25)},
     ),
     "dropout_add_layer_norm_fwd": Call(
-        _layer_norm("dropout_add_layer_norm", "fwd", dropout=True),
-        lambda B: roofline.dropout_add_layer_norm_fwd(B * T, C, S, S),
-        counted_at=(4.25, 4.375),
+        _layer_norm("dropout_add_layer_norm", "fwd"),
+        lambda _, B: roofline.dropout_add_layer_norm_fwd(B * T, C, S, S),
+        counted_at={"triton": (4.125, 4.1875), "cuda_host": (5.25, 5.375)},
     ),
     "dropout_add_layer_norm_bwd": Call(
-        _layer_norm("dropout_add_layer_norm", "bwd", dropout=True),
-        lambda B: roofline.dropout_add_layer_norm_bwd(B * T, C, S, S, PROGRAMS),
-        counted_at=(2.125, 2.25),
+        _layer_norm("dropout_add_layer_norm", "bwd"),
+        lambda backend, B: roofline.dropout_add_layer_norm_bwd(B * T, C, S, S, PROGRAMS[backend]),
+        counted_at={"triton": (2.0625, 2.125), "cuda_host": (3.125, 3.25)},
     ),
     "dropout_mask": Call(
-        _dropout_mask, lambda B: roofline.dropout_mask(B, H, T), counted_at=(1, 2)
+        _dropout_mask,
+        lambda _, B: roofline.dropout_mask(B, H, T),
+        counted_at=dict.fromkeys(COUNTING, (1 / H, 2 / H)),
     ),
     "embedding_fwd": Call(
         _embedding("fwd"),
-        lambda B: roofline.embedding_fwd(B * T, T, C, S, read=B * T),
-        counted_at=(4, 5),
+        lambda _, B: roofline.embedding_fwd(B * T, T, C, S, read=B * T),
+        counted_at={"triton": (4, 5), "cuda_host": (4, 8)},
     ),
     "embedding_bwd": Call(
         _embedding("bwd"),
-        lambda B: roofline.embedding_bwd(B * T, V, T, C, S),
-        counted_at=(1, 2),
+        lambda _, B: roofline.embedding_bwd(B * T, V, T, C, S),
+        counted_at=dict.fromkeys(COUNTING, (1, 2)),
     ),
     "causal_attention_qkvpacked_fwd": Call(
         _attention("fwd"),
-        lambda B: roofline.causal_attention_fwd(B, T, H, D, S),
-        counted_at=(1 / H, 2 / H),
+        lambda _, B: roofline.causal_attention_fwd(B, T, H, D, S),
+        counted_at=dict.fromkeys(COUNTING, (1 / H, 2 / H)),
     ),
     "causal_attention_qkvpacked_bwd": Call(
         _attention("bwd"),
-        lambda B: roofline.causal_attention_bwd(B, T, H, D, S),
-        counted_at=(1 / H, 2 / H),
+        lambda _, B: roofline.causal_attention_bwd(B, T, H, D, S),
+        counted_at=dict.fromkeys(COUNTING, (1 / H, 2 / H)),
+    ),
+    "causal_attention_qkvpacked_bwd in 99 KB": Call(
+        _attention("bwd"),
+        lambda _, B: roofline.causal_attention_bwd(B, T, H, D, S),
+        counted_at={"cuda_host": (1 / H, 2 / H)},
+        shared_memory=99 * 1024,
     ),
     "gelu_ffn_fwd": Call(
-        _gelu_ffn("fwd"), lambda B: roofline.gelu_ffn_fwd(B * T, C, F, S, S), counted_at=(0.25, 0.5)
+        _gelu_ffn("fwd", C, F),
+        lambda _, B: roofline.gelu_ffn_fwd(B * T, C, F, S, S),
+        counted_at=dict.fromkeys(COUNTING, (0.25, 0.5)),
     ),
     "gelu_ffn_bwd": Call(
-        _gelu_ffn("bwd"), lambda B: roofline.gelu_ffn_bwd(B * T, C, F, S, S), counted_at=(8, 16)
+        _gelu_ffn("bwd", C, F),
+        lambda _, B: roofline.gelu_ffn_bwd(B * T, C, F, S, S),
+        counted_at={"triton": (8, 16)},
     ),
-    f"linear_cross_entropy of {V_COUNTED} tokens": Call(
+    f"gelu_ffn_fwd of width {NARROW}": Call(
+        _gelu_ffn("fwd", NARROW, 4 * NARROW),
+        lambda _, B: roofline.gelu_ffn_fwd(B * T, NARROW, 4 * NARROW, S, S),
+        counted_at=dict.fromkeys(COUNTING, (0.25, 0.5)),
+    ),
+    f"gelu_ffn_bwd of width {NARROW}": Call(
+        _gelu_ffn("bwd", NARROW, 4 * NARROW),
+        lambda _, B: roofline.gelu_ffn_bwd(B * T, NARROW, 4 * NARROW, S, S),
+        counted_at=dict.fromkeys(COUNTING, (8, 16)),
+    ),
+    f"linear_cross_entropy of width {NARROW}": Call(
         _linear_cross_entropy,
-        lambda B: roofline.linear_cross_entropy(B * T, C, V_COUNTED, S),
-        counted_at=(0.5, 1),
+        lambda _, B: roofline.linear_cross_entropy(B * T, NARROW, V_COUNTED, S),
+        counted_at=dict.fromkeys(COUNTING, (0.25, 0.5)),
     ),
 }
-
-
-CUDA_CALLS = {
-    "layer_norm_fwd": Call(
-        _layer_norm("layer_norm", "fwd", dropout=False, backend="cuda_host"),
-        CALLS["layer_norm_fwd"].floor,
-        counted_at=(5.25, 5.375),
-    ),
-    "layer_norm_bwd": Call(
-        _layer_norm("layer_norm", "bwd", dropout=False, backend="cuda_host"),
-        lambda B: roofline.layer_norm_bwd(B * T, C, S, S, CUDA_BLOCKS),
-        counted_at=(3.125, 3.25),
-    ),
-    "dropout_add_layer_norm_fwd": Call(
-        _layer_norm("dropout_add_layer_norm", "fwd", dropout=True, backend="cuda_host"),
-        CALLS["dropout_add_layer_norm_fwd"].floor,
-        counted_at=(5.25, 5.375),
-    ),
-    "dropout_add_layer_norm_bwd": Call(
-        _layer_norm("dropout_add_layer_norm", "bwd", dropout=True, backend="cuda_host"),
-        lambda B: roofline.dropout_add_layer_norm_bwd(B * T, C, S, S, CUDA_BLOCKS),
-        counted_at=(3.125, 3.25),
-    ),
-    "dropout_mask": Call(
-        partial(_dropout_mask, backend="cuda_host"), CALLS["dropout_mask"].floor, counted_at=(1, 2)
-    ),
-    "embedding_fwd": Call(
-        _embedding("fwd", "cuda_host"), CALLS["embedding_fwd"].floor, counted_at=(4, 8)
-    ),
-    "embedding_bwd": Call(
-        _embedding("bwd", "cuda_host"), CALLS["embedding_bwd"].floor, counted_at=(1, 2)
-    ),
-}
-
-
-def _any_bits(seed, block, row, step, site, n_rounds):
-    """Four words in the place of Philox's: drawing them moves no bytes, and takes the most time."""
-    word = block + row
-    return word, word, word, word
-
-
-def _any_product(builder, a, b, accumulator, *options):
-    """No bytes either, and no address depends on it."""
-    return accumulator
 
 
 @cache
-def count(name: str, B: float, backend: str = "triton") -> tuple[int, int]:
+def count(name: str, backend: str, B: float) -> tuple[int, int]:
     """(compulsory, issued) bytes of a call at a batch size, on a data-centre chip."""
-    run = _call(name, backend).prepare(B)
-    if backend == "cuda_host":
-        with counting_cuda() as traffic:
-            run()
-        return traffic.compulsory, traffic.issued
-    with (
-        data_centre_chip(),
-        mock.patch.object(tl, "philox", _any_bits),
-        mock.patch.object(InterpreterBuilder, "create_dot", _any_product),
-        counting() as traffic,
-    ):
+    call = CALLS[name]
+    run = call.prepare(backend, B)
+    with COUNTING[backend](call.shared_memory) as traffic:
         run()
     return traffic.compulsory, traffic.issued
 
 
-def measure(name: str, backend: str = "triton") -> tuple[int, int, int]:
+def measure(name: str, backend: str) -> tuple[int, int, int]:
     """(compulsory, issued, floor) bytes of a call at GPT-1's training shape, B = 64."""
-    call = _call(name, backend)
-    first, second = call.counted_at
+    call = CALLS[name]
+    first, second = call.counted_at[backend]
     steps = round((BATCH - second) / (second - first))
-    counts = zip(count(name, first, backend), count(name, second, backend), strict=True)
+    counts = zip(count(name, backend, first), count(name, backend, second), strict=True)
     compulsory, issued = (b + (b - a) * steps for a, b in counts)
-    return compulsory, issued, call.floor(BATCH).bytes
-
-
-def _call(name: str, backend: str) -> Call:
-    return (CUDA_CALLS if backend == "cuda_host" else CALLS)[name]
+    return compulsory, issued, call.floor(backend, BATCH).bytes
 
 
 def main() -> None:
-    calls = [("triton", name) for name in CALLS]
-    if extension.absence("cuda_host") is None:
-        calls += [("cuda_host", name) for name in CUDA_CALLS]
-    print(f"{'B = 64, T = 512':38}{'compulsory':>14}{'issued':>14}{'floor':>14}{'ratios':>16}")
-    for backend, name in calls:
-        compulsory, issued, floor = measure(name, backend)
-        ratios = f"{compulsory / floor:8.4f}{issued / floor:8.4f}"
-        print(f"{backend:10}{name:28}{compulsory:14,}{issued:14,}{floor:14,}{ratios}", flush=True)
+    print(f"{'B = 64, T = 512':50}{'compulsory':>14}{'issued':>14}{'floor':>14}{'ratios':>16}")
+    for backend in COUNTING:
+        if backend == "cuda_host" and extension.absence(backend) is not None:
+            continue
+        for name in (name for name, call in CALLS.items() if backend in call.counted_at):
+            compulsory, issued, floor = measure(name, backend)
+            ratios = f"{compulsory / floor:8.4f}{issued / floor:8.4f}"
+            print(
+                f"{backend:10}{name:40}{compulsory:14,}{issued:14,}{floor:14,}{ratios}", flush=True
+            )
 
 
 if __name__ == "__main__":
