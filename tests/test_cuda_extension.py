@@ -57,7 +57,7 @@ def test_the_runtime_inside_is_not_mixed_with_one_that_torch_loads():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_cuda_s_own_message_is_raised():
     built("cuda")
-    with pytest.raises(RuntimeError, match=r"CUDA: .*(driver|device)"):
+    with pytest.raises(RuntimeError, match=r"cudaGetDevice: .*(driver|device)"):
         extension.module("cuda").prepare(0)
 
 
