@@ -5,11 +5,13 @@ Both lie where the build left them, in build/cuda: nothing is compiled here.
 
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import chain
 
 import pytest
 
-from csrc.build import FOLDERS
+from csrc.build import FOLDERS, sources
 from gpt1_kernels.backends.cuda import extension
 from gpt1_kernels.backends.logits import padded_vocabulary
 
@@ -19,8 +21,8 @@ if (reason := extension.absence("cuda")) is not None:
 
 from benchmarks.sass import CUOBJDUMP, loop_accesses, matrix_units, narrow_accesses
 
-REPORTS = sorted(FOLDERS["_cuda"].rglob("*.o.ptxas"))
-if not REPORTS:
+OBJECTS = [FOLDERS["_cuda"] / f"{source}.o" for source in sources(False) if source.suffix == ".cu"]
+if not all(path.exists() for path in OBJECTS):
     pytest.skip("the compiled kernels were not built in this tree", allow_module_level=True)
 
 KiB = 1024
@@ -74,19 +76,28 @@ _ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<capability>\d+)a?'"
     r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads"
-    r".*?Used (?P<registers>\d+) registers[^\n]*",
+    r".*?Used (?P<used>(?P<registers>\d+) registers[^\n]*)",
     re.S,
 )
 
 
+def entries(report: str) -> list[dict]:
+    """What ptxas says of each kernel; all that it says it uses is `used`."""
+    numbers = ("capability", "stack", "stores", "loads", "registers")
+    return [
+        {"symbol": entry["symbol"], "used": entry["used"], **{n: int(entry[n]) for n in numbers}}
+        for entry in _ENTRY.finditer(report)
+    ]
+
+
 @cache
 def reported(capability: int) -> list[dict]:
-    """What ptxas says of each kernel; the test is skipped if it was built for other chips."""
+    """The entries for a chip; the test is skipped if the kernels were built for others."""
     rows = [
-        {"object": report.with_suffix(""), "used": entry[0].splitlines()[-1], **entry.groupdict()}
-        for report in REPORTS
-        for entry in _ENTRY.finditer(report.read_text())
-        if int(entry["capability"]) == capability
+        {"object": path, **entry}
+        for path in OBJECTS
+        for entry in entries(path.with_suffix(".o.ptxas").read_text())
+        if entry["capability"] == capability
     ]
     if not rows:
         pytest.skip(f"the kernels were not built for compute capability {capability / 10}")
@@ -106,14 +117,16 @@ def disassembled(capability: int) -> list[tuple[str, str]]:
     for row in reported(capability):
         if not NOT_GPT1.search(row["symbol"]):
             symbols.setdefault(row["object"], []).append(row["symbol"])
-    parts = []
-    for file, names in symbols.items():
-        command = [CUOBJDUMP, "-sass", "-arch", f"sm_{capability}", "-fun", ",".join(names), file]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        functions = text.split("Function : ")[1:]
-        assert len(functions) == len(names), (file, names)
-        parts += [(kernels()[part.split()[0]]["name"], part) for part in functions]
-    return parts
+
+    def functions(file) -> list[str]:
+        command = [CUOBJDUMP, "-sass", "-arch", f"sm_{capability}", "-fun", ",".join(symbols[file])]
+        run = subprocess.run([*command, file], capture_output=True, text=True, check=True)
+        return run.stdout.split("Function : ")[1:]
+
+    with ThreadPoolExecutor() as pool:
+        texts = list(chain.from_iterable(pool.map(functions, symbols)))
+    assert len(texts) == sum(map(len, symbols.values()))
+    return [(kernels()[text.split()[0]]["name"], text) for text in texts]
 
 
 def resident_blocks(capability: int, threads: int, registers: int, shared: int) -> int:
@@ -137,7 +150,7 @@ def test_ptxas_reports_every_kernel_of_the_module_once(capability):
 @on_each_chip
 def test_no_stack_no_spills_and_no_static_shared_memory(capability):
     for row in reported(capability):
-        assert row["stack"] == row["stores"] == row["loads"] == "0", row
+        assert row["stack"] == row["stores"] == row["loads"] == 0, row
         assert "smem" not in row["used"], row
 
 
@@ -148,7 +161,7 @@ def test_the_blocks_that_a_kernel_counts_on_fit_a_processor(capability):
         if kernel["name"] in ON_LARGE_CHIPS and capability < 90:
             continue
         shared = SHARED_AT_GPT1.get(kernel["name"], kernel["max_shared_bytes"])
-        blocks = resident_blocks(capability, kernel["threads"], int(row["registers"]), shared)
+        blocks = resident_blocks(capability, kernel["threads"], row["registers"], shared)
         assert blocks >= kernel["blocks_per_processor"], (row, kernel, blocks)
 
 
@@ -167,6 +180,43 @@ def test_products_are_on_the_matrix_units_and_accesses_wide(capability):
         assert 16 in accesses, name
         allowed, _ = NARROW.get(name, (0, ""))
         assert len(narrow_accesses(accesses)) <= allowed, (name, sorted(accesses))
+
+
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z5firstv' for 'sm_80'
+ptxas info    : Function properties for _Z5firstv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 512 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compile time = 1.000 ms
+ptxas info    : Compiling entry function '_Z6secondv' for 'sm_90a'
+ptxas info    : Function properties for _Z6secondv
+    24 bytes stack frame, 16 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 400 bytes cmem[0]
+"""
+
+
+def test_a_spill_and_static_shared_memory_are_seen():
+    first, second = entries(REPORT)
+    assert "512 bytes smem" in first["used"]
+    assert (first["symbol"], first["capability"], first["registers"]) == ("_Z5firstv", 80, 40)
+    assert (second["symbol"], second["capability"]) == ("_Z6secondv", 90)
+    assert (second["stack"], second["stores"], second["loads"]) == (24, 16, 8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "threads", "registers", "shared", "blocks"),
+    [
+        pytest.param(80, 128, 255, 64 * KiB, 2, id="shared-memory"),
+        pytest.param(90, 128, 168, 64 * KiB, 3, id="registers"),
+        pytest.param(90, 512, 65, 0, 1, id="registers-of-whole-warps"),
+        pytest.param(90, 1024, 16, 0, 2, id="threads"),
+        pytest.param(100, 32, 16, 0, 32, id="blocks"),
+        pytest.param(80, 256, 32, 164 * KiB, 0, id="none"),
+    ],
+)
+def test_resident_blocks(capability, threads, registers, shared, blocks):
+    assert resident_blocks(capability, threads, registers, shared) == blocks
 
 
 def test_no_exemption_is_for_a_kernel_that_is_gone():

@@ -10,7 +10,7 @@ namespace gpt1 {
 /// of queries that see them, with five products a pair of tiles where two kernels need seven. dQ is
 /// summed in shared memory, where each of its numbers has one owner among the threads.
 ///
-/// On sm_90: 255 registers and 218 KB of shared memory, so one block per processor.
+/// On 9.0: 255 registers and 218 KB of shared memory, so one block per processor.
 template <class T>
 struct AttentionBackward {
     struct Params : AttentionProblem {

@@ -9,7 +9,7 @@ namespace gpt1 {
 /// A block owns a head's tile of queries, and walks over the keys that they see; a warp owns 16 of the
 /// queries. It stores delta, which the kernel over keys reads, and dQ.
 ///
-/// On sm_90, with heads of 32, 64, 96 and 128: 140, 194, 213 and 244 registers; 37, 69, 51 and 67 KB
+/// On 9.0, with heads of 32, 64, 96 and 128: 140, 194, 213 and 244 registers; 37, 69, 51 and 67 KB
 /// of shared memory. So one block of 8 warps per processor, or two of 4.
 template <class T, int kD>
 struct AttentionBackwardDq {
