@@ -75,13 +75,14 @@ def causal_attention_fwd(B: int, T: int, H: int, D: int, s: int) -> Floor:
     return Floor(4 * A + dropout_bits(rows, T) + 4 * rows, 2 * _causal_product(rows, T, D))
 
 
-def causal_attention_bwd(B: int, T: int, H: int, D: int, s: int) -> Floor:
+def causal_attention_bwd(B: int, T: int, H: int, D: int, s: int, launches: int) -> Floor:
     """q, k, v, o, do, dropout bits, lse → dq, dk, dv.
 
-    Delta is not counted: it need not leave the chip. The products are S, dP, dV, dQ and dK.
+    Of two launches the first leaves delta to the second. The products are S, dP, dV, dQ and dK.
     """
     A, rows = B * T * H * D * s, B * H * T
-    return Floor(8 * A + dropout_bits(rows, T) + 4 * rows, 5 * _causal_product(rows, T, D))
+    statistics = (12 if launches == 2 else 4) * rows
+    return Floor(8 * A + dropout_bits(rows, T) + statistics, 5 * _causal_product(rows, T, D))
 
 
 def gelu_ffn_fwd(N: int, C: int, F: int, s: int, p: int) -> Floor:

@@ -366,12 +366,14 @@ CALLS = {
     ),
     "causal_attention_qkvpacked_bwd": Call(
         _attention("bwd"),
-        lambda _, B: roofline.causal_attention_bwd(B, T, H, D, S),
+        lambda backend, B: roofline.causal_attention_bwd(
+            B, T, H, D, S, launches=2 if backend == "triton" else 1
+        ),
         counted_at=dict.fromkeys(COUNTING, (1 / H, 2 / H)),
     ),
     "causal_attention_qkvpacked_bwd in 99 KB": Call(
         _attention("bwd"),
-        lambda _, B: roofline.causal_attention_bwd(B, T, H, D, S),
+        lambda _, B: roofline.causal_attention_bwd(B, T, H, D, S, launches=2),
         counted_at={"cuda_host": (1 / H, 2 / H)},
         shared_memory=99 * 1024,
     ),
