@@ -376,7 +376,8 @@ void launch(std::int64_t grid, int shared_bytes, Stream, const typename Kernel::
                                  std::to_string(shared_bytes) + " bytes of shared memory, at most " +
                                  std::to_string(Kernel::kMaxSharedBytes));
     }
-    host::run_grid(Kernel::kName, checked_grid<Kernel>(grid, params), Kernel::kThreads, shared_bytes, [&] { Kernel::run(params); });
+    host::run_grid(Kernel::kName, checked_grid<Kernel>(grid, params), Kernel::kThreads, shared_bytes,
+                   [&] { Kernel::run(params); });
 }
 
 /// Two, so few that blocks walk over several tiles in a test, unless a test sets another number.
