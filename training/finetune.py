@@ -24,7 +24,7 @@ from gpt1_kernels.task_model import HEAD_KEY
 from training import metrics, run, scores, submissions
 from training.batches import Batch, Buckets, by_length, collate
 from training.checkpoint import CheckpointWriter
-from training.examples import Task, TaskData, load
+from training.examples import Task, TaskData, chosen, load
 from training.finetune_config import CUSTOM, FinetuneConfig, complete
 from training.inputs import N_SPECIALS, Encoded, encode
 from training.optim import make_optimizer, warmup_linear
@@ -57,23 +57,32 @@ class Setup:
 def main(config: FinetuneConfig) -> None:
     config = complete(config)
     setup = prepare(config)
-    seeds = range(config.seed, config.seed + config.seeds)
     if config.seeds == 1:
         finetune(config, setup)
         return
-    results = [
-        finetune(replace(config, seed=seed, out=config.out / f"seed-{seed}"), setup)["validation"]
-        for seed in seeds
-    ]
-    spreads = scores.spread(results)
+    spreads = scores.spread([result["validation"] for result in finetune_seeds(config, setup)])
     summary = {name: asdict(spread) for name, spread in spreads.items()}
-    text = json.dumps({"seeds": list(seeds), "validation": summary}, indent=2)
+    text = json.dumps({"seeds": list(seeds_of(config)), "validation": summary}, indent=2)
     (config.out / SUMMARY).write_text(text + "\n")
     for name, s in spreads.items():
         print(
-            f"{name} over {len(seeds)} seeds: median {s.median:.3f} ({s.low:.3f} to {s.high:.3f}), "
-            f"mean {s.mean:.3f}, 95 % interval {s.interval[0]:.3f} to {s.interval[1]:.3f}"
+            f"{name} over {config.seeds} seeds: median {s.median:.3f} ({s.low:.3f} to "
+            f"{s.high:.3f}), mean {s.mean:.3f}, 95 % interval {s.interval[0]:.3f} to "
+            f"{s.interval[1]:.3f}"
         )
+
+
+def seeds_of(config: FinetuneConfig) -> range:
+    """--seeds of them, from --seed on."""
+    return range(config.seed, config.seed + config.seeds)
+
+
+def finetune_seeds(config: FinetuneConfig, setup: Setup) -> list[dict]:
+    """A run for each seed, into the folders `seed-N` of `config.out`. Returns their results."""
+    return [
+        finetune(replace(config, seed=seed, out=config.out / f"seed-{seed}"), setup)
+        for seed in seeds_of(config)
+    ]
 
 
 def finetune(config: FinetuneConfig, setup: Setup) -> dict:
@@ -177,11 +186,15 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
         writer.wait()
 
         best = GPT1TaskModel.from_pretrained(out / "model").to(config.device)
+        seen = chosen(list(zip(data.train, setup.train, strict=True)), len(setup.validation))
+        seen_examples, seen_encoded = zip(*seen, strict=True)
+        fitted = predict(best, seen_encoded, config, task)
         predictions = predict(best, setup.validation, config, task)
         labels = np.array([example.label for example in setup.validation])
         plot_predictions(labels, predictions, task.labels, out / "predictions.png")
         result = {
             "best epoch": best_epoch,
+            "training": scores.evaluate(task, seen_examples, fitted),
             "validation": scores.evaluate(task, data.validation, predictions),
             "baseline": scores.baseline(task, data.train, data.validation),
         }
@@ -247,9 +260,8 @@ def prepare(config: FinetuneConfig) -> Setup:
     data = load(task, folder, skip_bad_rows=config.skip_bad_rows)
     for note in data.notes:
         print(note)
-    if config.train_examples is not None and config.train_examples < len(data.train):
-        kept = np.random.default_rng(0).permutation(len(data.train))[: config.train_examples]
-        data = replace(data, train=[data.train[i] for i in sorted(kept)])
+    if config.train_examples is not None:
+        data = replace(data, train=chosen(data.train, config.train_examples))
 
     digest = hashlib.sha256(repr((task.kind, task.labels)).encode())
     pretrained = None
@@ -323,7 +335,7 @@ def listed(values: dict[str, float]) -> str:
 
 
 def print_result(result: dict) -> None:
-    for name in ("validation", "baseline", "test"):
+    for name in ("training", "validation", "baseline", "test"):
         if result.get(name):
             print(f"{name}: {listed(result[name])}")
 

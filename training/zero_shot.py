@@ -29,7 +29,7 @@ from gpt1_kernels.model import IGNORE_INDEX
 from gpt1_kernels.ops import linear_cross_entropy
 from training import readers, run
 from training.checkpoint import Checkpoint, checkpoints
-from training.examples import Example, RowError, load
+from training.examples import Example, RowError, chosen, load
 from training.inputs import Ids, cut_longest
 from training.plots import plot_zero_shot
 from training.scores import SCORES
@@ -115,12 +115,10 @@ def read_tasks(config: ZeroShotConfig) -> dict[str, dict[str, list[Example]]]:
             tasks[name] = {"train": data.train, "validation": data.validation}
     if config.dprd is not None:
         tasks["dprd"] = {"validation": read_dprd(config.dprd)}
-    rng = np.random.default_rng(0)
-    for splits in tasks.values():
-        for split, examples in splits.items():
-            kept = sorted(rng.permutation(len(examples))[: config.examples])
-            splits[split] = [examples[i] for i in kept]
-    return tasks
+    return {
+        name: {split: chosen(examples, config.examples) for split, examples in splits.items()}
+        for name, splits in tasks.items()
+    }
 
 
 def read_dprd(file: Path) -> list[Example]:
