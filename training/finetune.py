@@ -27,6 +27,7 @@ from training.checkpoint import CheckpointWriter
 from training.examples import Task, TaskData, chosen, load
 from training.finetune_config import CUSTOM, FinetuneConfig, complete
 from training.inputs import N_SPECIALS, Encoded, encode
+from training.lstm import backbone_at, backbone_of
 from training.optim import make_optimizer, warmup_linear
 from training.plots import plot_predictions
 from training.step import SkippedUpdates, apply_losses, autocast
@@ -185,7 +186,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
                 examples, clock = 0, time.perf_counter()
         writer.wait()
 
-        best = GPT1TaskModel.from_pretrained(out / "model").to(config.device)
+        best = type(model).from_pretrained(out / "model").to(config.device)
         seen = chosen(list(zip(data.train, setup.train, strict=True)), len(setup.validation))
         seen_examples, seen_encoded = zip(*seen, strict=True)
         fitted = predict(best, seen_encoded, config, task)
@@ -268,7 +269,7 @@ def prepare(config: FinetuneConfig) -> Setup:
     if config.model is not None:
         model = config.model / "model" if (config.model / "model").is_dir() else config.model
         tokenizer = Tokenizer.open(model)
-        pretrained = GPT1Model.from_pretrained(model)
+        pretrained = backbone_at(model).bare.from_pretrained(model)
         shape = pretrained.config
         if shape.vocab_size not in (tokenizer.vocab_size, tokenizer.vocab_size + N_SPECIALS):
             raise ValueError(
@@ -306,7 +307,7 @@ def make_model(config: FinetuneConfig, setup: Setup) -> GPT1TaskModel:
     extra[HEAD_KEY] = "choice" if task.kind == "choice" else "sum"
     if task.kind != "choice" and task.labels:
         extra["id2label"] = {str(number): label for number, label in enumerate(task.labels)}
-    model = GPT1TaskModel(
+    model = backbone_of(shape).task_model(
         replace(
             shape, vocab_size=setup.tokenizer.vocab_size + N_SPECIALS, num_labels=task.outputs,
             summary_first_dropout=config.classifier_dropout, extra=extra,

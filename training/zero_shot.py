@@ -31,6 +31,7 @@ from training import readers, run
 from training.checkpoint import Checkpoint, checkpoints
 from training.examples import Example, RowError, chosen, load
 from training.inputs import Ids, cut_longest
+from training.lstm import backbone_at
 from training.plots import plot_zero_shot
 from training.scores import SCORES
 from training.tasks import TASKS
@@ -90,7 +91,7 @@ def main(config: ZeroShotConfig) -> None:
     rows = []
     for folder in found:
         step = Checkpoint.open(folder).step
-        model = GPT1LMHeadModel.from_pretrained(folder).to(config.device)
+        model = backbone_at(folder).language_model.from_pretrained(folder).to(config.device)
         tokenizer = Tokenizer.open(folder)
         scores = {
             name: zero_shot(name, examples, model, tokenizer, config)
