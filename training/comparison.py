@@ -107,7 +107,8 @@ NOTE = """
 Mean over the seeds and its 95 % interval, after the best epoch, on the validation examples. "beats"
 and "worse" say that the interval excludes the baseline: the commonest class, the mean score, or
 guessing. Of full against another variant it is the interval of the differences, seed by seed, and
-excludes 0. The paper's numbers are of {paper}.
+excludes 0. The best epoch is chosen on the same examples, which favours every variant a little over
+the baseline. The paper's numbers are of {paper}.
 """
 
 

