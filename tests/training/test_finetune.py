@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from gpt1_kernels import GPT1Config, GPT1DoubleHeadsModel, GPT1LMHeadModel, GPT1TaskModel
 from training import finetune, run
+from training.examples import chosen
 from training.finetune_config import FinetuneConfig, complete
 from training.tasks import Custom
 from training.tokenizer import Tokenizer
@@ -146,6 +147,19 @@ def test_each_kind_of_task_is_learned_well_beyond_its_baseline(settings, task, c
     assert result["validation"][score] == max(logged)
     assert logged.index(max(logged)) == result["best epoch"] - 1
     assert (config.out / "predictions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_training_score_is_of_as_many_examples_as_validate(settings):
+    config = settings(epochs=1)
+    finetune.main(config)
+    setup = finetune.prepare(complete(config))
+    model = GPT1TaskModel.from_pretrained(config.out / "model")
+    right = finetune.predict(model, setup.train, config, setup.task) == [
+        x.label for x in setup.train
+    ]
+    assert len(setup.validation) == 40 < len(right)
+    score = run.read_result(config.out)["training"]["accuracy"]
+    assert score == np.mean(chosen(right, 40)) != np.mean(right)
 
 
 def test_a_run_leaves_a_model_predictions_and_a_log(settings, data):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from training.batches import Buckets
-from training.examples import Example, load
+from training.examples import Example, chosen, load
 from training.tasks import LETTERS, TASKS, Custom, custom_task
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -380,6 +380,15 @@ def test_subsets_that_are_not_there_are_not_missed(tmp_path):
     data = load(TASKS["mnli"], written(tmp_path, files))
     assert [e.subset for e in data.validation + data.test] == ["m", "m"]
     assert data.notes == ()
+
+
+@pytest.mark.parametrize(("most", "count"), [(0, 0), (3, 3), (20, 20), (99, 20)])
+def test_the_chosen_examples_are_always_the_same_and_in_order(most, count):
+    examples = list(range(20))
+    found = chosen(examples, most)
+    assert found == chosen(examples, most) == sorted({*found})
+    assert len(found) == count
+    assert (found == examples[:most]) == (most in (0, 20, 99)), "not the first ones"
 
 
 def test_a_folder_without_the_files_says_what_it_expected(tmp_path):
