@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step-00001500/
         model.safetensors  config.json       opens with from_pretrained, here and in transformers
-        tokenizer.json  tokenizer_config.json
+        tokenizer.json  tokenizer_config.json  vocab.json  merges.txt
         optimizer.safetensors                both moments of AdamW, by parameter name
         checkpoint.json                      the run's state, and the digest of every file
 

@@ -18,8 +18,8 @@ from training.step import train_step
 from training.tokenizer import Tokenizer
 
 FILES = (
-    "checkpoint.json", "config.json", "model.safetensors", "optimizer.safetensors",
-    "tokenizer.json", "tokenizer_config.json",
+    "checkpoint.json", "config.json", "merges.txt", "model.safetensors", "optimizer.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json",
 )  # fmt: skip
 
 
