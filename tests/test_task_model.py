@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from gpt1_kernels import GPT1DoubleHeadsModel, GPT1Model, GPT1TaskModel, reference
@@ -108,6 +109,22 @@ def test_choice_is_the_double_heads_model_and_opens_in_transformers(tmp_path):
     assert torch.equal(ours(**shaped).mc_logits, scores)
     theirs = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(tmp_path).to(DEVICE)
     torch.testing.assert_close(theirs(**shaped).mc_logits, scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("members", [[[0], [1], [2], [3], [4], [5]], [[0, 1], [2, 3], [4, 5]]])
+def test_a_classifier_is_a_backbone_of_transformers_and_a_linear_layer(tmp_path, members):
+    transformers = pytest.importorskip("transformers")
+    model = task_model("sum").eval()
+    model.save_pretrained(tmp_path)
+    theirs, info = transformers.OpenAIGPTModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert set(info["unexpected_keys"]) == {"classifier.weight", "classifier.bias"}
+    head = load_file(tmp_path / "model.safetensors", device=DEVICE)
+    ids, members = tokens(6, T), torch.tensor(members, device=DEVICE)
+    states = theirs.to(DEVICE)(ids).last_hidden_state[torch.arange(6), EXTRACT]
+    scores = states[members].sum(1) @ head["classifier.weight"].T + head["classifier.bias"]
+    expected = model(ids, EXTRACT, members).logits
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", HEADS)

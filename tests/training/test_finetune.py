@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from gpt1_kernels import GPT1Config, GPT1DoubleHeadsModel, GPT1LMHeadModel, GPT1TaskModel
 from training import finetune, run
 from training.finetune_config import FinetuneConfig, complete
+from training.inputs import encode
 from training.tasks import Custom
 from training.tokenizer import Tokenizer
 
@@ -281,11 +283,52 @@ def test_scratch_needs_no_model(settings, tmp_path):
 
 
 def test_multiple_choice_opens_as_the_double_heads_model(settings):
+    """Also in transformers, where its own tokenizer and model predict what was predicted here."""
+    transformers = pytest.importorskip("transformers")
     config = settings(task="openbookqa", epochs=1)
     finetune.main(config)
-    ours = GPT1TaskModel.from_pretrained(config.out / "model")
-    other = GPT1DoubleHeadsModel.from_pretrained(config.out / "model")
+    folder = config.out / "model"
+    ours = GPT1TaskModel.from_pretrained(folder)
+    other = GPT1DoubleHeadsModel.from_pretrained(folder)
     assert ours.state_dict().keys() == other.state_dict().keys()
+
+    theirs = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    start = len(tokenizer)  # then the delimiter and the extract token
+    lines = ["index\tprediction"]
+    for row in map(json.loads, (config.data_dir / "dev.jsonl").read_text().splitlines()):
+        stem = tokenizer(row["question"]["stem"])["input_ids"]
+        scores = []
+        for choice in row["question"]["choices"]:
+            answer = tokenizer(choice["text"])["input_ids"]
+            ids = torch.tensor([[[start, *stem, start + 1, *answer, start + 2]]])
+            scores.append(theirs(ids).mc_logits.item())
+        lines.append(f"{row['id']}\t{'ABC'[int(np.argmax(scores))]}")
+    assert (config.out / "predictions" / "OpenBookQA.tsv").read_text().splitlines() == lines
+
+
+def test_a_pair_in_either_order_trains_to_the_same_bits(settings):
+    """With dropout: the outputs, the losses and every gradient of a batch of similarity."""
+    config = complete(settings(task="stsb", classifier_dropout=0.5))
+    setup = finetune.prepare(config)
+    torch.manual_seed(0)
+    model = finetune.make_model(config, setup).train()
+    model.dropout_stream.set_key(0)
+    seeds = model.dropout_stream.seeds(0)
+
+    def results(examples):
+        encoded = [encode(x, "similarity", setup.tokenizer, 24) for x in examples]
+        batch = finetune.collate(encoded)
+        model.zero_grad()
+        (loss,) = finetune.micro_losses(model, batch, seeds, config, setup.task)
+        loss.backward()
+        logits = model(batch.input_ids, batch.extract, batch.members, dropout_seeds=seeds).logits
+        return [logits, loss, *(p.grad.clone() for p in model.parameters())]
+
+    pairs = setup.data.train[:5]
+    swapped = [replace(pair, texts=pair.texts[::-1]) for pair in pairs]
+    assert all(pair.texts[0] != pair.texts[1] for pair in pairs)
+    assert all(map(torch.equal, results(pairs), results(swapped)))
 
 
 def assert_same_run(out: Path, whole: Path) -> None:
