@@ -89,6 +89,32 @@ def test_losses_and_gradients_against_the_oracle(head, members, first_sequence, 
         assert distance <= 1e-5 * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_row10_without_a_target_the_language_model_has_no_loss(head):
+    model, ids = task_model(head), tokens(6, T)
+    members = torch.arange(6, device=DEVICE).view(3, 2)
+    targets, weight = torch.full_like(ids, -100), torch.ones(6, T, device=DEVICE)
+    loss = model(ids, EXTRACT, members, targets, weight).lm_loss
+    loss.backward()
+    assert loss == 0
+    assert not model.transformer.tokens_embed.weight.grad.any()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_row19_activation_checkpointing_changes_no_gradient(head):
+    ids, members = tokens(6, T), torch.arange(6, device=DEVICE).view(3, 2)
+    model = task_model(head, **DROPOUT)
+    seeds, gradients = model.dropout_stream.seeds(0), []
+    for _ in range(2):
+        model.zero_grad()
+        out = model(ids, EXTRACT, members, ids, torch.ones(6, T, device=DEVICE),
+                    dropout_seeds=seeds)  # fmt: skip
+        (out.logits.square().sum() + out.lm_loss).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.gradient_checkpointing_enable()
+    assert all(map(torch.equal, *gradients))
+
+
 def test_both_orders_of_a_pair_score_the_same_to_the_last_bit():
     model = task_model("sum", num_labels=1).eval()
     ids = tokens(6, T)

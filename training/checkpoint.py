@@ -177,8 +177,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _remove(checkpoint: Path) -> None:
-    # Under its own name, a half-deleted checkpoint would look like a damaged one.
-    doomed = checkpoint.with_suffix(".partial")
+    # Under its own name, a half-deleted checkpoint would look like a damaged one; `.partial` alone
+    # may be the one that is to replace it.
+    doomed = checkpoint.with_suffix(".removed.partial")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
 

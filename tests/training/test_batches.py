@@ -1,5 +1,7 @@
 """Batches: padding that changes nothing, weights that average, buckets that visit everything."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,22 @@ def test_padding_changes_no_result(head, examples):
         torch.testing.assert_close(alone.logits[0], logits[: alone.logits.shape[1]])
         assert (logits[alone.logits.shape[1] :] == -torch.inf).all()
     torch.testing.assert_close(losses, tight.lm_loss)
+
+
+@pytest.mark.parametrize(("head", "examples"), [("choice", RAGGED), ("sum", PAIRS)])
+def test_row08_what_padding_holds_reaches_no_result(head, examples):
+    model, results = task_model(head), []
+    for padding in (0, 7):
+        batch = collate(examples, length=20)
+        real = torch.arange(20) <= batch.extract[:, None]
+        ids = torch.where(real, batch.input_ids, padding)
+        model.zero_grad()
+        out = outputs(model, replace(batch, input_ids=ids))
+        loss = out.lm_loss + out.logits[batch.members >= 0].sum()
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        results.append([out.lm_loss, out.logits, *gradients])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])

@@ -152,6 +152,15 @@ def test_row28_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(
         newest(folder)
 
 
+def test_row28_a_refused_checkpoint_is_written_again(save):
+    save(1)
+    folder = save(2)
+    flip(folder / "step-00000002" / "model.safetensors")
+    save(2)
+    assert newest(folder).step == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
+
+
 def test_row28_a_changed_state_is_refused(save):
     manifest = save(1) / "step-00000001" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"note": 1', '"note": 2'))

@@ -303,6 +303,12 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
         ("sst2", "train.tsv", "a\t1\nb\u00f6\t0\n".encode("latin-1"), r"train.tsv: not UTF-8"),
         ("sst2", "train.tsv", "text\tlabel\nb\t0\n", r"train.tsv:2: no column 'sentence', it has"),
         ("sst2", "train.tsv", "", r"no examples to train on"),
+        ("sst2", "train.tsv", "a\t1\nb\0b\t0\n", r"train.tsv:2: sentence holds NUL bytes, expect"),
+        ("snli", "snli_1.0_train.jsonl", jsonl(nli(gold_label="neutral", sentence1="a\0")),
+         r"train.jsonl:1: sentence1 holds NUL bytes"),
+        ("race", "race.jsonl",
+         jsonl({"article": "a", "question": "b", "options": ["x", "y\0"], "answer": "A"}),
+         r"race.jsonl:1: an answer holds NUL bytes"),
         ("rte", "train.tsv", "index\tsentence1\tlabel\n0\ta\tentailment\n",
          r"train.tsv:2: no column 'sentence2', it has index, sentence1, label"),
         ("rte", "train.tsv", "index\tsentence1\tsentence2\n0\ta\tb\n", r":2: no column 'label'"),
@@ -331,7 +337,7 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
         ("storycloze", "cloze_test_val__spring2016.csv", f"{CLOZE}\n1,a,b\n", r"csv:2: 3 cells"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named_with_file_and_line(tmp_path, task, file, content, message):
+def test_row31_a_mistake_is_named_with_file_and_line(tmp_path, task, file, content, message):
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / file).write_bytes(content)
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\nfine\t1\n")
