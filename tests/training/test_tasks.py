@@ -433,6 +433,38 @@ def test_hugging_face_data_sets(monkeypatch, task, splits, expected):
         load(TASKS[task], None)
 
 
+GLUE_CARD = """---
+configs:
+- config_name: rte
+  data_files:
+  - {split: train, path: rte/train.jsonl}
+  - {split: validation, path: rte/validation.jsonl}
+  - {split: test, path: rte/test.jsonl}
+dataset_info:
+- config_name: rte
+  features:
+  - {name: sentence1, dtype: string}
+  - {name: sentence2, dtype: string}
+  - name: label
+    dtype: {class_label: {names: {'0': entailment, '1': not_entailment}}}
+---
+"""
+
+
+def test_the_library_of_hugging_face_reads_what_is_called_as_the_data_set_is(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    labels = {"train": 0, "validation": 1, "test": -1}
+    files = {f"rte/{split}.jsonl": jsonl(nli(label=label)) for split, label in labels.items()}
+    written(tmp_path / "nyu-mll" / "glue", {"README.md": GLUE_CARD, **files})
+    data = load(TASKS["rte"], None)
+    texts = ("A man sleeps.", "He rests.")
+    assert [data.train, data.validation, data.test] == [
+        [Example(texts, label=label)] for label in (0, 1, None)
+    ]
+
+
 def test_the_split_of_story_cloze_is_the_released_codes(tmp_path):
     """1,497 and 374 of 1,871 stories, and those that its seed draws in numpy's old generator."""
     stories = "\n".join([CLOZE, *(STORY.format(id=i, right=1 + i % 2) for i in range(1871))])
