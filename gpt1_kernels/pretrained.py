@@ -69,12 +69,18 @@ class PretrainedMixin:
 
         Args:
             state_dict: weights to write instead of the model's own, such as a copy of earlier ones.
+
+        Raises:
+            OSError: a file cannot be written; names it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state_dict = self.state_dict() if state_dict is None else state_dict
         state = {k: v.detach().contiguous().cpu() for k, v in state_dict.items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS}: could not be written, {error}") from None
         text = json.dumps(
             {**self.config.to_dict(), "architectures": [self._architecture]}, indent=2
         )

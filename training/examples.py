@@ -76,7 +76,8 @@ class Task:
     labels: tuple[str, ...]
     """The classes, or names for the answers in their order; none for a regression."""
     scores: tuple[str, ...]
-    """Keys of `scores.SCORES`; the first decides which epoch is the best."""
+    """Keys of `scores.SCORES`; the first, over all validation examples, decides which epoch is the
+    best: where these have subsets (MNLI, RACE), over the subsets together."""
     forms: tuple[Form, ...]
     hub: Form | None = None
     """The same from Hugging Face, for which `files` has names of splits."""
@@ -238,17 +239,21 @@ def _answers(
             raise RowError(f"{where}: {form.answers} is no list of answers")
     if not answers:
         raise RowError(f"{where}: no answers")
-    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise RowError(f"{where}: an answer is empty or not a text")
+    answers = tuple(_checked(where, "an answer", answer) for answer in answers)
     if len(names) < len(answers):
         raise RowError(f"{where}: {len(answers)} answers, but names for {len(names)}")
-    return tuple(answers), [str(name) for name in names[: len(answers)]]
+    return answers, [str(name) for name in names[: len(answers)]]
 
 
 def _text(where: str, row: Mapping[str, Any], column: str) -> str:
-    text = _cell(where, row, column)
+    return _checked(where, column, _cell(where, row, column))
+
+
+def _checked(where: str, name: str, text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise RowError(f"{where}: {column} is empty or not a text")
+        raise RowError(f"{where}: {name} is empty or not a text")
+    if "\0" in text:
+        raise RowError(f"{where}: {name} holds NUL bytes, expected text")
     return text
 
 
