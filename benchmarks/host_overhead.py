@@ -126,7 +126,7 @@ def _microseconds(call: Call, dout: Tensor) -> float:
 
 @contextmanager
 def _launching_nothing(backend: str) -> Iterator[None]:
-    """Inside, no kernel starts, and ids are not checked, as they are not on a GPU."""
+    """Inside, no kernel starts, and nobody looks at ids."""
 
     def nothing(*args, **kwargs) -> None:
         pass
@@ -139,13 +139,22 @@ def _launching_nothing(backend: str) -> Iterator[None]:
                 return extension.module("cuda_host").layer_norm_bwd_blocks
             return nothing
 
+    module = Module()
+    with (
+        mock.patch.object(KernelInterface, "__getitem__", lambda *grid: nothing),
+        mock.patch.object(extension, "_prepared", lambda *where: module),
+        unchecked_ids(backend),
+    ):
+        yield
+
+
+@contextmanager
+def unchecked_ids(backend: str) -> Iterator[None]:
+    """Inside, the host does not look at ids, as it does not on a GPU."""
+    modules = (backends._module(backend, op) for op in ("embedding", "linear_cross_entropy"))
     with ExitStack() as patches:
-        patch = mock.patch.object
-        patches.enter_context(patch(KernelInterface, "__getitem__", lambda *grid: nothing))
-        module = Module()
-        patches.enter_context(patch(extension, "_prepared", lambda *where: module))
-        for op in ("embedding", "linear_cross_entropy"):
-            patches.enter_context(patch(backends._module(backend, op), "check_ids", nothing))
+        for module in modules:
+            patches.enter_context(mock.patch.object(module, "check_ids"))
         yield
 
 
