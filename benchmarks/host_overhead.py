@@ -141,8 +141,8 @@ def _launching_nothing(backend: str) -> Iterator[None]:
 
     module = Module()
     with (
-        mock.patch.object(KernelInterface, "__getitem__", lambda *grid: nothing),
-        mock.patch.object(extension, "_prepared", lambda *where: module),
+        mock.patch.object(KernelInterface, "__getitem__", return_value=nothing),
+        mock.patch.object(extension, "_prepared", return_value=module),
         unchecked_ids(backend),
     ):
         yield

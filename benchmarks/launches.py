@@ -64,7 +64,8 @@ class _PyTorchCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, returns = function._schema.name, function._schema.returns
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        is_view = aliases or name == "aten::_unsafe_view"
         if function.namespace == "aten" and "empty" not in name and not is_view:
             self.counts[name] += 1
         return function(*args, **(kwargs or {}))
