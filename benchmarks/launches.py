@@ -50,7 +50,7 @@ def launches_of_update(backend: str, n_layer: int, dtype: str = "bf16") -> Count
     with use_backend(backend):
         update(0)
         calls = _PyTorchCalls()
-        with calls, _seeing_into_our_ops(calls, backend), _counting(backend) as own:
+        with calls, seeing_into_our_ops(calls, backend), _counting(backend) as own:
             update(1)
     return own + calls.counts
 
@@ -72,7 +72,7 @@ class _PyTorchCalls(TorchDispatchMode):
 
 
 @contextmanager
-def _seeing_into_our_ops(mode: TorchDispatchMode, backend: str) -> Iterator[None]:
+def seeing_into_our_ops(mode: TorchDispatchMode, backend: str) -> Iterator[None]:
     """Inside, the mode sees what our launchers leave to PyTorch, and nothing of the interpreter."""
 
     def kernel(*which):

@@ -41,8 +41,8 @@ def train_step(
     dropout_stream: DropoutStream,
     optimizer: torch.optim.Optimizer,
     input_ids: Tensor,
-    step: int,
-    learning_rate: float,
+    step: int | Tensor,
+    learning_rate: float | Tensor,
     *,
     accumulate: int = 1,
     clip: float = 1.0,
@@ -57,7 +57,8 @@ def train_step(
     Args:
         optimizer: a fused one.
         input_ids: (B, T); accumulate divides B.
-        step: number of the update; selects the dropout bits.
+        step: number of the update; selects the dropout bits. A tensor, like the learning rate, is
+            read on the device.
     """
     seeds = dropout_stream.seeds(step)
 
@@ -77,7 +78,7 @@ def apply_losses(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     losses: Iterable[Tensor],
-    learning_rate: float,
+    learning_rate: float | Tensor,
     *,
     clip: float = 1.0,
 ) -> Update:
