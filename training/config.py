@@ -81,6 +81,8 @@ class PretrainConfig:
     """Of activations, by autocast. Default: bf16 on a GPU that multiplies in it, else fp32."""
     compile: bool = False
     """Runs the model through torch.compile."""
+    cuda_graph: bool = False
+    """Captures the whole update as a CUDA graph, which spares the host its work. Needs a GPU."""
 
 
 PRESETS = {
@@ -129,6 +131,8 @@ def complete(config: PretrainConfig) -> PretrainConfig:
     require(config, ("seed",), lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
     require(config, ("accumulate",), lambda x: config.batch_size % x == 0,
              f"a divisor of --batch-size {config.batch_size}")  # fmt: skip
+    require(config, ("cuda_graph",), lambda x: not x or device.type == "cuda",
+             f"a GPU, not --device {device}")  # fmt: skip
     require(config, ("backend",), ("auto", *BACKENDS).__contains__,
              f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
     return config

@@ -30,7 +30,7 @@ from training.inputs import N_SPECIALS, Encoded, encode
 from training.lstm import backbone_at, backbone_of
 from training.optim import make_optimizer, warmup_linear
 from training.plots import plot_predictions
-from training.step import SkippedUpdates, apply_losses, autocast
+from training.step import SkippedUpdates, apply_losses, autocast, weights_in
 from training.tasks import TASKS, custom_task
 from training.tokenizer import Tokenizer
 
@@ -213,18 +213,19 @@ def micro_losses(
     model: GPT1TaskModel, batch: Batch, seeds: Tensor, config: FinetuneConfig, task: Task
 ) -> Iterator[Tensor]:
     """The paper's L3 = L2 + λ · L1 of a batch in host memory, micro-batch by micro-batch."""
-    for first, part in batch.split(config.accumulate):
-        part = part.to(config.device)
-        with autocast(config.device, config.dtype):
-            output = model(
-                part.input_ids, part.extract, part.members,
-                part.lm_targets if config.lm_weight > 0 else None, part.lm_weight,
-                dropout_seeds=seeds, first_sequence=first,
-            )  # fmt: skip
-        loss = task_loss(output.logits, part.labels, task) / len(batch.members)
-        if config.lm_weight > 0:
-            loss = loss + config.lm_weight * output.lm_loss
-        yield loss
+    with weights_in(model, config.dtype):
+        for first, part in batch.split(config.accumulate):
+            part = part.to(config.device)
+            with autocast(config.device, config.dtype):
+                output = model(
+                    part.input_ids, part.extract, part.members,
+                    part.lm_targets if config.lm_weight > 0 else None, part.lm_weight,
+                    dropout_seeds=seeds, first_sequence=first,
+                )  # fmt: skip
+            loss = task_loss(output.logits, part.labels, task) / len(batch.members)
+            if config.lm_weight > 0:
+                loss = loss + config.lm_weight * output.lm_loss
+            yield loss
 
 
 def task_loss(logits: Tensor, labels: Tensor, task: Task) -> Tensor:

@@ -21,7 +21,8 @@ from training.config import PretrainConfig, complete
 from training.optim import make_optimizer, warmup_cosine
 from training.plots import plot_runs
 from training.sample import sample
-from training.step import SkippedUpdates, train_step
+from training.static_step import CapturedStep, StaticStep
+from training.step import SkippedUpdates
 from training.store import tokenised
 from training.tokenizer import Tokenizer
 
@@ -80,7 +81,11 @@ def main(config: PretrainConfig) -> None:
         print(f"resumed from step {start} ({checkpoint.folder})")
     if checkpoint is None or checkpoint.folder.parent.parent == out:
         run.cut_logs(out, {} if checkpoint is None else checkpoint.state["log_sizes"])
-    step_model = torch.compile(model) if config.compile else model
+    make_update = (CapturedStep if config.cuda_graph else StaticStep)(
+        torch.compile(model) if config.compile else model, model.dropout_stream, optimizer,
+        (config.batch_size, length), accumulate=config.accumulate, clip=config.clip,
+        dtype=config.dtype,
+    )  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"model: {config.preset}{chosen}, {parameters / 1e6:.1f} M parameters, vocabulary "
@@ -123,10 +128,7 @@ def main(config: PretrainConfig) -> None:
         for step in bar:
             rate = config.learning_rate * warmup_cosine(step, config.warmup, config.steps)
             batch = windows.batch(step)
-            update = train_step(
-                step_model, model.dropout_stream, optimizer, to_device(batch, config.device), step,
-                rate, accumulate=config.accumulate, clip=config.clip, dtype=config.dtype,
-            )  # fmt: skip
+            update = make_update(pinned(batch, config.device), step, rate)
             skipped.note(step, update.finite)
             tokens += batch.numel()
             done = step + 1
@@ -185,11 +187,9 @@ def print_result(result: dict[str, float]) -> None:
     print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
 
 
-def to_device(batch: torch.Tensor, device: str) -> torch.Tensor:
-    """A copy on the device; to a GPU from pinned memory, so that the host need not wait for it."""
-    if not device.startswith("cuda"):
-        return batch
-    return batch.pin_memory().to(device, non_blocking=True)
+def pinned(batch: torch.Tensor, device: str) -> torch.Tensor:
+    """The batch in memory from which a copy to the device does not keep the host waiting."""
+    return batch.pin_memory() if device.startswith("cuda") else batch
 
 
 if __name__ == "__main__":
