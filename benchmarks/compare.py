@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, draw, oracle, results
-from benchmarks.peers import YARDSTICKS, Implementation, implementations
+from benchmarks.peers import YARDSTICKS, Implementation
 from benchmarks.roofline import Floor
 from benchmarks.timing import Timing, peak_memory, samples
 from gpt1_kernels.numerics import CAPS, assert_close, error
@@ -42,29 +42,27 @@ class Result:
 @dataclass(frozen=True)
 class Comparison:
     results: list[Result]
-    left_out: dict[str, str | Exception]
-    """Why an implementation has no result: it is absent, it raised, or it is wrong."""
+    problems: dict[str, Exception]
+    """Of the peers that raised, or were wrong: they are not timed."""
+    failures: dict[str, Exception]
+    """The same of ours."""
 
 
-def compare(case: Case, device: str, dtype: torch.dtype, rounds: int) -> Comparison:
-    """Checks every implementation of a case that is here, and times those that are right."""
+def compare(
+    case: Case, candidates: Sequence[Implementation], device: str, dtype: torch.dtype, rounds: int
+) -> Comparison:
+    """Checks implementations of a case, and times those that are right, and the yardstick."""
     torch.compiler.reset()  # it compiles a function for a handful of shapes, then no more
     # What else would let a compiled backward overwrite what it saved, and run but once.
     torch._functorch.config.donated_buffer = False
     tensors = draw(case, device, dtype)
-    left_out: dict[str, str | Exception] = {}
-    right: dict[str, Implementation] = {}
-    check = Check(case, tensors)
-    for implementation in implementations(case):
+    check, right, problems, failures = Check(case, tensors), {}, {}, {}
+    for implementation in candidates:
         name = implementation.name
-        absence = implementation.absence(case.op, device)
-        if absence is not None:
-            left_out[name] = absence
-            continue
         try:
             check(implementation)
         except Exception as problem:  # a peer may raise anything; the others are timed all the same
-            left_out[name] = problem
+            (failures if implementation.ours else problems)[name] = problem
         else:
             right[name] = implementation
 
@@ -85,7 +83,7 @@ def compare(case: Case, device: str, dtype: torch.dtype, rounds: int) -> Compari
             )
             for name, function in functions.items()
         ]  # fmt: skip
-    return Comparison(found, left_out)
+    return Comparison(found, problems, failures)
 
 
 class Check:
