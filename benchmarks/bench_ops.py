@@ -66,7 +66,7 @@ def compared(case: cases.Case) -> Comparison:
     return compare(case, _candidates(case), DEVICE, DTYPE, ROUNDS)
 
 
-@pytest.mark.parametrize(("case", "direction", "name"), _lines())
+@pytest.mark.parametrize(("case", "direction", "name"), list(_lines()))
 def test_op(recorded, case, direction, name):
     comparison = compared(case)
     if name in comparison.failures:
@@ -82,6 +82,6 @@ def test_op(recorded, case, direction, name):
     )
 
 
-@pytest.mark.parametrize("reason", _left_out())
+@pytest.mark.parametrize("reason", list(_left_out()))
 def test_left_out(reason):
     pytest.skip(reason)

@@ -48,10 +48,15 @@ def compared(size, dtype, dropout, passes):
     return compare_models(size, dtype, dropout, DEVICE, passes, ROUNDS)
 
 
-@pytest.mark.parametrize(("run", "each", "name"), _lines())
+@pytest.mark.parametrize(("run", "each", "name"), list(_lines()))
 def test_model(recorded, run, each, name):
     size, dtype, dropout, _ = run
-    results = compared(*run)[each]
+    comparison = compared(*run)
+    if problem := comparison.problems.get(name):
+        if name == "gpt1_kernels":
+            raise problem
+        pytest.skip(f"{name}: {problem}")
+    results = comparison.results[each]
     rate = ceilings.measured(DEVICE, DTYPES[dtype]).rate
     at = [r.implementation for r in results].index(name)
     line = model_figures(results, rate)[at]
