@@ -305,7 +305,8 @@ def test_sides_of_a_step_are_the_same_model(library):
     if library == "transformers":
         pytest.importorskip("transformers")
     torch.manual_seed(1)
-    compare_models.check(Side(library), LITTLE.config(0.0), "fp32", LITTLE.draw("cpu"))
+    config, ids = LITTLE.config(0.0), LITTLE.draw("cpu")
+    compare_models.check(Side(library), config, "fp32", ids, compare_models.oracle(config, ids))
 
 
 @pytest.mark.parametrize(
@@ -316,5 +317,7 @@ def test_sides_of_a_step_are_the_same_model(library):
 def test_a_side_that_is_another_model_is_refused(monkeypatch, change, message):
     loss_of = train_step.loss_of
     monkeypatch.setattr(train_step, "loss_of", lambda *args: change(loss_of(*args)))
+    config, ids = LITTLE.config(0.0), LITTLE.draw("cpu")
+    expected = compare_models.oracle(config, ids)
     with pytest.raises(AssertionError, match=message):
-        compare_models.check(Side("plain PyTorch"), LITTLE.config(0.0), "fp32", LITTLE.draw("cpu"))
+        compare_models.check(Side("plain PyTorch"), config, "fp32", ids, expected)
