@@ -15,7 +15,7 @@ from benchmarks.peers import YARDSTICKS, Implementation, implementations
 from benchmarks.recorded import clock
 from benchmarks.table import HEADER, cells, figures, number
 
-DEVICE, DTYPE, ROUNDS = "cpu", torch.float32, 15
+DEVICE, DTYPE, ROUNDS = "cpu", torch.float32, 11
 CASES = [*cases.SMALL, *cases.SMALL_SWEEP]
 if torch.cuda.is_available():
     DEVICE, DTYPE, ROUNDS = "cuda", torch.bfloat16, 30

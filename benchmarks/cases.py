@@ -424,5 +424,5 @@ SMALL_SWEEP = [
     *(CausalAttention(B=1024 // T, T=T, H=2, p=0.1) for T in (64, 512)),
     *(CausalAttention(B=2, T=128, H=256 // D, D=D, p=0.1) for D in (32, 128)),
     DropoutAddLayerNorm(N=8192, C=256, p=0.1),
-    LinearCrossEntropy(N=512, C=256, V=16384),
+    LinearCrossEntropy(N=512, C=256, V=1024),
 ]

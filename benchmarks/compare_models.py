@@ -39,7 +39,7 @@ class Size:
 GPT1 = Size("gpt1", B=64, T=512)
 GPT1_ON_CPU = Size("gpt1", B=2, T=512)
 SMALL = Size(
-    "small", B=2, T=128, overrides={"vocab_size": 4096, "n_embd": 256, "n_layer": 2, "n_head": 4}
+    "small", B=2, T=128, overrides={"vocab_size": 4096, "n_embd": 256, "n_layer": 1, "n_head": 4}
 )
 
 
