@@ -10,25 +10,31 @@ from gpt1_kernels.rng import keep_scale
 
 
 def layer_norm_fwd(
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     b: Tensor,  # (C,)
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x32 = x.float()
-    mean = x32.mean(1, keepdim=True)
+    mean = x32.mean(-1, keepdim=True)
     # Centred first: ATen multiplies x and its mean by rstd before it subtracts them.
-    y, rest, rstd = torch.native_layer_norm(x32 - mean, x.shape[1:], w.float(), b.float(), eps)
+    y, rest, rstd = torch.native_layer_norm(x32 - mean, w.shape, w.float(), b.float(), eps)
     return y.to(x.dtype), (mean + rest).flatten(), rstd.flatten()
 
 
 def layer_norm_bwd(
-    dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
+    dy: Tensor,  # (..., C)
+    x: Tensor,  # (..., C)
+    w: Tensor,
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    w32, centred = w.float(), x.float() - mean[:, None]
-    zero = torch.zeros_like(mean)[:, None]
+    of_row = *x.shape[:-1], 1
+    w32, centred = w.float(), x.float() - mean.view(of_row)
+    zero = torch.zeros_like(mean).view(of_row)
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        dy.float(), centred, x.shape[1:], zero, rstd[:, None], w32, w32, needs
+        dy.float(), centred, w.shape, zero, rstd.view(of_row), w32, w32, needs
     )
     return (
         dx.to(x.dtype) if needs[0] else x.new_empty(0),
@@ -38,8 +44,8 @@ def layer_norm_bwd(
 
 
 def dropout_add_layer_norm_fwd(
-    x: Tensor,  # (N, C)
-    residual: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
+    residual: Tensor,  # (..., C)
     w: Tensor,
     b: Tensor,
     x_bias: Tensor | None,  # (C,)
@@ -58,11 +64,11 @@ def dropout_add_layer_norm_fwd(
 
 
 def dropout_add_layer_norm_bwd(
-    dy: Tensor,
-    total: Tensor,
+    dy: Tensor,  # (..., C)
+    total: Tensor,  # (..., C)
     w: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
     seed: Tensor | None,
     dropout_p: float,
     row_offset: int,
@@ -75,7 +81,9 @@ def dropout_add_layer_norm_bwd(
     if dropout_p > 0.0 and (need_x or need_x_bias):
         multiplier = _multiplier(seed, total.shape, dropout_p, row_offset)
         dx = (dtotal * multiplier).to(total.dtype)
-    dx_bias = dx.sum(0, dtype=torch.float32) if need_x_bias else w.new_empty(0, dtype=torch.float32)
+    dx_bias = w.new_empty(0, dtype=torch.float32)
+    if need_x_bias:
+        dx_bias = dx.flatten(0, -2).sum(0, dtype=torch.float32)
     shared = need_residual and dropout_p == 0.0
     return (
         dx if need_x and not shared else total.new_empty(0),
@@ -87,5 +95,6 @@ def dropout_add_layer_norm_bwd(
 
 
 def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
-    """fp32 (N, C): the scale where an element is kept, else 0."""
-    return keep_mask(seed, *shape, p, row_offset) * keep_scale(p)
+    """fp32 (..., C): the scale where an element is kept, else 0."""
+    keep = keep_mask(seed, shape[:-1].numel(), shape[-1], p, row_offset)
+    return keep.view(shape) * keep_scale(p)
