@@ -27,8 +27,9 @@ from gpt1_kernels.ops._library import (
     define,
     last_contiguous,
     once,
+    where_needed,
 )
-from gpt1_kernels.ops.dropout import dropout_mask
+from gpt1_kernels.ops.dropout import draw_mask
 
 
 def _fake_fwd(q, k, v, keep_bits, first_key, scale, dropout_p, backend):
@@ -82,6 +83,7 @@ _packed_bwd = define(
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, keep_bits, first_key, scale, dropout_p, backend):
+        q, k, v, first_key = map(last_contiguous, (q, k, v, first_key))
         out, lse = _fwd(q, k, v, keep_bits, first_key, scale, dropout_p, backend)
         ctx.save_for_backward(q, k, v, out, lse, keep_bits, first_key)
         ctx.config = scale, dropout_p, backend
@@ -93,12 +95,13 @@ class _CausalAttention(torch.autograd.Function):
         scale, dropout_p, backend = ctx.config
         needs = ctx.needs_input_grad[:3]
         grads = _bwd(dout.contiguous(), *ctx.saved_tensors, scale, dropout_p, needs, backend)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 5
+        return *where_needed(grads, needs), *[None] * 5
 
 
 class _CausalAttentionQKVPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, n_head, keep_bits, first_key, scale, dropout_p, backend):
+        qkv, first_key = last_contiguous(qkv), last_contiguous(first_key)
         out, lse = _packed_fwd(qkv, n_head, keep_bits, first_key, scale, dropout_p, backend)
         ctx.save_for_backward(qkv, out, lse, keep_bits, first_key)
         ctx.config = n_head, scale, dropout_p, backend
@@ -157,7 +160,6 @@ def causal_attention(
                               row_offset, first_key)  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     backend = resolve(op, q, head_size=q.shape[-1])
-    q, k, v, first_key = map(last_contiguous, (q, k, v, first_key))
     return _CausalAttention.apply(q, k, v, keep_bits, first_key, scale, dropout_p, backend)
 
 
@@ -193,13 +195,7 @@ def causal_attention_qkvpacked(
     scale = head_size**-0.5 if scale is None else scale
     backend = resolve("causal_attention", qkv, head_size=head_size)
     return _CausalAttentionQKVPacked.apply(
-        last_contiguous(qkv),
-        n_head,
-        keep_bits,
-        last_contiguous(first_key),
-        scale,
-        dropout_p,
-        backend,
+        qkv, n_head, keep_bits, first_key, scale, dropout_p, backend
     )
 
 
@@ -216,4 +212,4 @@ def _checked_bits(
     if dropout_p == 0.0:
         return None
     shape = (batch, heads, queries, keys)
-    return dropout_mask(seed, shape, dropout_p, row_offset=row_offset * heads, causal=True)
+    return draw_mask(seed, shape, dropout_p, row_offset * heads, causal=True)
