@@ -125,6 +125,7 @@ def causal_attention(
     seed: Tensor | None = None,
     row_offset: int = 0,
     first_key: Tensor | None = None,
+    keep_bits: Tensor | None = None,
 ) -> Tensor:
     """Causal attention with dropout on the probabilities.
 
@@ -136,6 +137,8 @@ def causal_attention(
         seed: int64 (2,) on the device; needed when dropout_p > 0.
         row_offset: tokens of the global batch that come before these.
         first_key: int32 (B,), the first key that is not padding.
+        keep_bits: int32 (B, H, Tq, ceil(Tk / 32)), in the place of a seed: what `dropout_mask` drew
+            before, for (B, H, Tq, Tk) with causal=True and the row_offset times H.
 
     Returns:
         (B, Tq, H, D), the dtype of q; under autocast, the autocast dtype.
@@ -157,7 +160,7 @@ def causal_attention(
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} positions, expected at most k's {k.shape[1]}")
     keep_bits = _checked_bits(op, q, q.shape[1], k.shape[1], q.shape[2], dropout_p, seed,
-                              row_offset, first_key)  # fmt: skip
+                              row_offset, first_key, keep_bits)  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     backend = resolve(op, q, head_size=q.shape[-1])
     return _CausalAttention.apply(q, k, v, keep_bits, first_key, scale, dropout_p, backend)
@@ -172,6 +175,7 @@ def causal_attention_qkvpacked(
     seed: Tensor | None = None,
     row_offset: int = 0,
     first_key: Tensor | None = None,
+    keep_bits: Tensor | None = None,
 ) -> Tensor:
     """`causal_attention` on the output of GPT-1's `c_attn`: no transpose, no copy, one gradient.
 
@@ -190,7 +194,7 @@ def causal_attention_qkvpacked(
     if width % (3 * n_head):
         raise ValueError(f"{op}: qkv has width {width}, expected a multiple of 3 · {n_head} heads")
     keep_bits = _checked_bits(op, qkv, length, length, n_head, dropout_p, seed, row_offset,
-                              first_key)  # fmt: skip
+                              first_key, keep_bits)  # fmt: skip
     head_size = width // (3 * n_head)
     scale = head_size**-0.5 if scale is None else scale
     backend = resolve("causal_attention", qkv, head_size=head_size)
@@ -200,13 +204,18 @@ def causal_attention_qkvpacked(
 
 
 def _checked_bits(
-    op, activation, queries, keys, heads, dropout_p, seed, row_offset, first_key
+    op, activation, queries, keys, heads, dropout_p, seed, row_offset, first_key, keep_bits
 ) -> Tensor | None:
     batch = activation.shape[0]
     if first_key is not None:
         check_dtype(op, "first_key", first_key, (torch.int32,))
         check_shape(op, "first_key", first_key, (batch,))
         check_device(op, "first_key", first_key, activation)
+    if keep_bits is not None and dropout_p > 0.0:
+        check_dtype(op, "keep_bits", keep_bits, (torch.int32,))
+        check_shape(op, "keep_bits", keep_bits, (batch, heads, queries, (keys + 31) // 32))
+        check_device(op, "keep_bits", keep_bits, activation)
+        return keep_bits.contiguous()
     rows = (row_offset + batch * queries) * heads
     check_dropout(op, dropout_p, seed, rows, activation)
     if dropout_p == 0.0:
