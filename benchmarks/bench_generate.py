@@ -29,7 +29,7 @@ SHAPES = {
 }
 PROMPT, ROUNDS = 16, 3
 MEASURED = [
-    pytest.param("mini", 64, id="mini"),
+    pytest.param("mini", 32, id="mini"),
     *(pytest.param(shape, 256, id=f"{shape}-full", marks=pytest.mark.full)
       for shape in ("mini", "medium", "gpt1")),
 ]  # fmt: skip
