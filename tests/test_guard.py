@@ -14,7 +14,7 @@ if torch.cuda.is_available():
 
 from benchmarks import baseline, guard, traffic
 from benchmarks.baseline import BaselineError
-from gpt1_kernels.backends.triton import layer_norm
+from gpt1_kernels.backends.triton import attention
 
 PART = {
     "versions": {"a compiler": "1.0"},
@@ -155,24 +155,27 @@ def test_the_part_is_the_baselines(part):
     baseline.check(part, compared(part), whole=True)
 
 
-READ = "tl.load(total_ptr + total_offset, mask=mask, other=0.0)"
+READ = "v = _load_tile(v_ptr, start_n, stride_vt, key_mask, BLOCK_N, D, BLOCK_D)"
 
 
 def test_a_second_read_planted_in_a_kernel_fails(monkeypatch, tmp_path):
-    """LayerNorm's backward reads its input twice: the same results, and half as many bytes more."""
-    source = Path(layer_norm.__file__).read_text()
-    assert source.count(READ) == 1
+    """Attention's forward reads each tile of values twice, which changes no result."""
+    source = Path(attention.__file__).read_text()
+    assert READ in source
     path = tmp_path / "planted.py"
-    path.write_text(source.replace(READ, f"(0.5 * {READ} + 0.5 * {READ})"))
+    path.write_text(source.replace(READ, f"{READ}; {READ}", 1))
     spec = util.spec_from_file_location("planted", path)
     planted = util.module_from_spec(spec)
     spec.loader.exec_module(planted)
-    monkeypatch.setattr(layer_norm, "layer_norm_bwd_kernel", planted.layer_norm_bwd_kernel)
+    monkeypatch.setattr(
+        attention, "causal_attention_fwd_kernel", planted.causal_attention_fwd_kernel
+    )
     monkeypatch.setattr(traffic, "count", traffic.count.__wrapped__)  # without what it remembers
 
-    name = "layer_norm_bwd on triton"
-    issued = baseline.read()["bytes"]["rows"][name]["issued"]
-    again = traffic.BATCH * traffic.T * traffic.C * traffic.S
-    assert message("bytes", traffic.row("layer_norm_bwd", "triton")).splitlines()[1:2] == [
-        f"  worse  {name}: issued was {issued:,}, is {issued + again:,} ({again / issued:+.1%})"
+    name = "causal_attention_qkvpacked_fwd"
+    was = baseline.read()["bytes"]["rows"][f"{name} on triton"]["issued"]
+    values = traffic.BATCH * traffic.H * traffic.T * traffic.D * traffic.S
+    again = values + values // 2  # the first of two tiles of queries sees half of the keys
+    assert message("bytes", traffic.row(name, "triton")).splitlines()[1:2] == [
+        f"  worse  {name} on triton: issued was {was:,}, is {was + again:,} ({again / was:+.1%})"
     ]
