@@ -8,7 +8,6 @@ they measure with it, and state beside only what holds whatever a kernel is made
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -98,16 +97,6 @@ def update(part: str, rows: Rows, versions: Mapping[str, str]) -> None:
 def read() -> dict[str, dict]:
     """The parts of the file."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
-
-
-def release(version: str) -> str:
-    """A version without what follows its three numbers: "2.13.0" of "2.13.0+cpu"."""
-    return version.partition("+")[0]
-
-
-def python() -> str:
-    """Python's version, without its patch level."""
-    return ".".join(platform.python_version_tuple()[:2])
 
 
 def _equal(part: str, was: float | None, now: float | None) -> bool:

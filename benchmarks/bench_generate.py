@@ -1,18 +1,25 @@
-"""Greedy decoding on the CPU against `transformers`, which has no key/value cache for GPT-1.
+"""Greedy decoding on a CPU against `transformers`, which has no key/value cache for GPT-1.
 
-256 new tokens after a prompt of 16, one sequence, fp32, random weights. Both models must give the
-same tokens before either is timed. With --benchmark-disable a tiny model runs once instead.
+New tokens after a prompt of 16, one sequence, fp32, random weights. Both models must give the same
+tokens before either is timed. With --benchmark-disable a tiny model runs once instead.
 """
+
+from __future__ import annotations
 
 import tempfile
 from functools import cache
+from statistics import median
 
 import pytest
 import torch
 
+from benchmarks.recorded import clock
+from benchmarks.table import number
+from benchmarks.timing import samples
 from gpt1_kernels import GPT1Config, GPT1LMHeadModel
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.benchmark(timer=clock)
 
 SHAPES = {
     "tiny": GPT1Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=2),
@@ -20,22 +27,32 @@ SHAPES = {
     "medium": GPT1Config(vocab_size=8192, n_embd=384, n_layer=6, n_head=6),
     "gpt1": GPT1Config.preset("gpt1"),
 }
-PROMPT, NEW = 16, 256
-ROUNDS = 3
+PROMPT, ROUNDS = 16, 3
+MEASURED = [
+    pytest.param("mini", 64, id="mini"),
+    *(pytest.param(shape, 256, id=f"{shape}-full", marks=pytest.mark.full)
+      for shape in ("mini", "medium", "gpt1")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("library", ["gpt1_kernels", "transformers"])
-@pytest.mark.parametrize("shape", ["mini", "medium", "gpt1"])
-def test_greedy_decoding(benchmark, shape, library):
-    benchmark.group = f"{shape}, {NEW} new tokens, {torch.get_num_threads()} threads"
-    measured = (shape, NEW) if benchmark.enabled else ("tiny", 8)
-    generate = same_tokens_from_both(*measured)[library]
-    assert benchmark.pedantic(generate, rounds=ROUNDS).shape == (1, PROMPT + measured[1])
+@pytest.mark.parametrize(("shape", "new_tokens"), MEASURED)
+def test_greedy_decoding(benchmark, recorded, shape, new_tokens, library):
+    measured = (shape, new_tokens) if benchmark.enabled else ("tiny", 8)
+    rounds = seconds_of_both(*measured)
+    medians = {name: median(seconds) for name, seconds in rounds.items()}
+    seconds, times = medians[library], medians["transformers"] / medians[library]
+    recorded(
+        f"{measured[0]}, {measured[1]} new tokens, {torch.get_num_threads()} threads",
+        ("", "seconds", "tokens/s", "x transformers"),
+        (library, number(seconds), number(measured[1] / seconds), f"{times:.2f}"),
+        rounds[library], {"times_transformers": times},
+    )  # fmt: skip
 
 
 @cache
-def same_tokens_from_both(shape, new_tokens):
-    """A function of no arguments for each library, after they have given the same tokens."""
+def seconds_of_both(shape: str, new_tokens: int) -> dict[str, list[float]]:
+    """The rounds of each library, after they have given the same tokens."""
     torch.manual_seed(0)
     ours = GPT1LMHeadModel(SHAPES[shape]).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -50,4 +67,5 @@ def same_tokens_from_both(shape, new_tokens):
     }
     results = [generate() for generate in libraries.values()]
     assert torch.equal(*results), f"{shape}: the libraries disagree, nothing is timed"
-    return libraries
+    assert results[0].shape == (1, PROMPT + new_tokens)
+    return samples(libraries, "cpu", ROUNDS)

@@ -1,90 +1,87 @@
-"""One update of the paper's model on two CPU cores, against `transformers`' eager one."""
+"""The whole model and one update of it, against `transformers` and plain PyTorch.
 
-import statistics
+On a GPU the paper's model and batch; on a CPU a small one, and with --full the paper's at B = 2.
+"""
+
+from __future__ import annotations
+
 import subprocess
 import sys
-import time
+from dataclasses import asdict
+from functools import cache
 
 import pytest
 import torch
 
-from benchmarks.train_step import SIDES, B, T, bare_products, build, config, make_step
+from benchmarks import ceilings
+from benchmarks.compare_models import GPT1, GPT1_ON_CPU, PASSES, PRODUCTS, SMALL, compare_models
+from benchmarks.recorded import clock
+from benchmarks.table import MODEL_HEADER, model_cells, model_figures
+from benchmarks.train_step import DTYPES, SIDES
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.benchmark(timer=clock)
 
-ROUNDS = 5
-TINY = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 2}
-
-each_kind = pytest.mark.parametrize(
-    ("dtype", "dropout"), [("fp32", 0.0), ("fp32", 0.1), ("bf16", 0.0), ("bf16", 0.1)]
-)
-
-
-@pytest.fixture
-def report(capsys):
-    """Prints a line at once, past pytest's capture."""
-
-    def line(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n{text}", flush=True)
-
-    return line
+DEVICE, ROUNDS = "cpu", 5
+KINDS = [("fp32", 0.0), ("fp32", 0.1), ("bf16", 0.0), ("bf16", 0.1)]
+RUNS = [
+    (SMALL, "fp32", 0.1, PASSES, ()),
+    *((GPT1_ON_CPU, *kind, ("step",), pytest.mark.full) for kind in KINDS),
+]
+if torch.cuda.is_available():
+    DEVICE, ROUNDS = "cuda", 15
+    RUNS = [(GPT1, "bf16", dropout, PASSES, ()) for dropout in (0.0, 0.1)]
 
 
-def seconds(function, *args) -> float:
-    start = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - start
+def _lines():
+    for size, dtype, dropout, passes, marks in RUNS:
+        for each in passes:
+            for name in [*SIDES, *[PRODUCTS] * (each == "step")]:
+                yield pytest.param(
+                    (size, dtype, dropout, passes), each, name, marks=marks,
+                    id=f"{size.name}, {dtype}, dropout {dropout}, {each}, {name}",
+                )  # fmt: skip
 
 
-@pytest.mark.parametrize(("dtype", "relative"), [("fp32", 1e-5), ("bf16", 3e-3)])
-def test_both_sides_start_at_the_same_loss(dtype, relative):
-    small = config(dropout=0.0, **TINY)
-    input_ids = torch.randint(small.vocab_size, (B, T))
-    ours, theirs = (make_step(build(side, small), dtype)(input_ids) for side in SIDES)
-    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=relative, atol=0)
+@cache
+def compared(size, dtype, dropout, passes):
+    return compare_models(size, dtype, dropout, DEVICE, passes, ROUNDS)
 
 
-@each_kind
-def test_update(benchmark, report, dtype, dropout):
-    """Rounds of ours, theirs and the bare products alternate, so that all meet the same machine."""
-    full = config(dropout)
-    input_ids = torch.randint(full.vocab_size, (B, T))
-    ours, theirs = (make_step(build(side, full), dtype) for side in SIDES)
-    products = bare_products(full, dtype)
-    their_times, product_times = [], []
-
-    def others_first() -> None:
-        their_times.append(seconds(theirs, input_ids))
-        product_times.append(seconds(products))
-
-    benchmark.pedantic(ours, args=(input_ids,), setup=others_first, rounds=ROUNDS, warmup_rounds=1)
-    median = statistics.median(benchmark.stats.stats.data)
-    their_median = statistics.median(their_times[1:])
-    product_median = statistics.median(product_times[1:])
-    report(
-        f"{dtype}, dropout {dropout}: {median:.2f} s an update, transformers {their_median:.2f} s, "
-        f"{their_median / median:.2f} x; bare products {product_median:.2f} s, "
-        f"{product_median / median:.0%} of ours"
-    )
-    benchmark.extra_info.update(
-        transformers_s=their_median, products_s=product_median, times=their_median / median
-    )
+@pytest.mark.parametrize(("run", "each", "name"), list(_lines()))
+def test_model(recorded, run, each, name):
+    size, dtype, dropout, _ = run
+    comparison = compared(*run)
+    if problem := comparison.problems.get(name):
+        if name == "gpt1_kernels":
+            raise problem
+        pytest.skip(f"{name}: {problem}")
+    results = comparison.results[each]
+    rate = ceilings.measured(DEVICE, DTYPES[dtype]).rate
+    at = [r.implementation for r in results].index(name)
+    line = model_figures(results, rate)[at]
+    recorded(
+        f"{size.name} B={size.B} T={size.T}, {dtype}, dropout {dropout}, {each}",
+        MODEL_HEADER, model_cells(line), results[at].seconds, asdict(line),
+    )  # fmt: skip
 
 
-@each_kind
-def test_peak_memory(report, dtype, dropout):
+@pytest.mark.full
+@pytest.mark.skipif(DEVICE == "cuda", reason="in the tables of test_model")
+@pytest.mark.parametrize(("dtype", "dropout"), KINDS)
+def test_peak_memory_on_a_cpu(line, dtype, dropout):
     """In a process each, beyond parameters, gradients and optimizer state."""
     ours, theirs = (
         int(
             subprocess.run(
-                [sys.executable, "-m", "benchmarks.train_step", side, dtype, str(dropout)],
+                [sys.executable, "-m", "benchmarks.train_step", library, dtype, str(dropout)],
                 capture_output=True, text=True, check=True,
             ).stdout
         )
-        for side in SIDES
+        for library in ("gpt1_kernels", "transformers")
     )  # fmt: skip
-    report(
-        f"{dtype}, dropout {dropout}: {ours} MB beyond the model's state, "
-        f"transformers {theirs} MB, {ours / theirs:.2f} of it"
+    line(
+        "gpt1 B=2 T=512, peak memory beyond the model's state, MB",
+        ("", "gpt1_kernels", "transformers", "of theirs"),
+        (f"{dtype}, dropout {dropout}", str(ours), str(theirs), f"{ours / theirs:.0%}"),
     )

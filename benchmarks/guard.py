@@ -7,11 +7,11 @@
 better runs the second line and is committed with the new numbers.
 
     bytes     that each op moves at GPT-1's training shape (`benchmarks.traffic`); minutes
-    launches  of a training step (`benchmarks.launches`)
-    triton    registers, shared memory, instructions of the main loop and share of 16-byte accesses
-    cuda      of each kernel, for compute capabilities 8.0, 9.0 and 10.0; stack and spills are in
-              the tests, which allow none
-    host      a call of an op, forward and backward, in calls of an empty op
+    launches  of an update (`benchmarks.launches`)
+    triton    of each kernel, for compute capabilities 8.0, 9.0 and 10.0: registers, shared memory,
+    cuda      instructions of the main loop, share of the bytes that are moved 16 or more at a time;
+              stack and spills are not here, since the tests allow none
+    host      the time of an op's call, forward and backward, in those of an empty op
               (`benchmarks.host_overhead`)
 """
 
@@ -22,17 +22,22 @@ import os
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 import tyro
 
-from benchmarks import baseline, cuda_code, host_overhead, launches, traffic, triton_code
+from benchmarks import baseline, cuda_code, traffic, triton_code
+from benchmarks.host_overhead import host_overhead
+from benchmarks.launches import launches_of_update
 from gpt1_kernels.backends.cuda import extension
 
 CAPABILITIES = 80, 90, 100
+ROUNDS = 200  # of a call whose time on the host is measured
 
 
 class Part(NamedTuple):
@@ -41,6 +46,7 @@ class Part(NamedTuple):
     rows: Callable[[], Iterator[baseline.Rows]]
     """Some at a time."""
     versions: Callable[[], dict[str, str]] = dict
+    """What the numbers depend on beside our source."""
     absence: Callable[[], str | None] = lambda: None
     """Why it cannot be measured here, or None."""
 
@@ -51,20 +57,45 @@ def _bytes() -> Iterator[baseline.Rows]:
             yield traffic.row(name, backend)
 
 
+def _launches() -> Iterator[baseline.Rows]:
+    """By name, on each backend: the launches of a layer, and those beside the layers."""
+    rows: dict[str, dict[str, int]] = {}
+    for backend in traffic.COUNTING:
+        one, two = (launches_of_update(backend, layers) for layers in (1, 2))
+        for name, count in two.items():
+            of_layer = count - one[name]
+            counts = {f"{backend}, a layer": of_layer, f"{backend}, besides": one[name] - of_layer}
+            rows.setdefault(name, {}).update(counts)
+    yield rows
+
+
+def _host() -> Iterator[baseline.Rows]:
+    for backend in traffic.COUNTING:
+        for op, (beyond, empty) in host_overhead(backend, ROUNDS).items():
+            yield {f"{op} on {backend}": {"empty ops": round(1 + beyond / empty, 2)}}
+
+
 def _host_build() -> str | None:
-    return extension.absence("cuda_host")
+    reason = extension.absence("cuda_host")
+    return reason and f"backend cuda_host: {reason}"
+
+
+def _torch() -> dict[str, str]:
+    return {"torch": torch.__version__.partition("+")[0]}
+
+
+def _torch_and_python() -> dict[str, str]:
+    return {**_torch(), "Python": ".".join(platform.python_version_tuple()[:2])}
 
 
 PARTS = {
     "bytes": Part(_bytes, absence=_host_build),
-    "launches": Part(lambda: iter([launches.rows()]), launches.versions, _host_build),
+    "launches": Part(_launches, _torch, _host_build),
     "triton": Part(lambda: map(triton_code.rows, CAPABILITIES), triton_code.versions),
     "cuda": Part(
         lambda: map(cuda_code.rows, CAPABILITIES), cuda_code.versions, cuda_code.absence
     ),
-    "host": Part(
-        lambda: map(host_overhead.rows, host_overhead.COMPARED), host_overhead.versions, _host_build
-    ),
+    "host": Part(_host, _torch_and_python, _host_build),
 }  # fmt: skip
 
 

@@ -1,158 +1,225 @@
-"""What an op call costs the host, forward and backward, above an empty op of the same kind.
+"""What a call of an op costs the host, forward and backward, beyond an empty op of its kind.
 
-    python -m benchmarks.host_overhead
+    python -m benchmarks.host_overhead [triton | cuda_host | cuda]
 
-The empty op is an `autograd.Function` over two functions of `torch.library`, as ours are, that
-return uninitialised memory. On a GPU the kernels run too: of a few rows, so that the host is what
-takes the time. Elsewhere they are left out, and the rest of the way is the same but for Triton's
-and CUDA's own launches; `portable` computes. Rounds alternate, and the least time of each is taken:
-what else the machine does only adds to it.
+The calls are tiny. On a CPU their launches do nothing: what remains is what Python, PyTorch's
+dispatcher and autograd, and the allocator take; Triton's own launch, some microseconds, and the
+conversion of a CUDA launcher's arguments are left out. On a GPU everything is in.
+
+The empty op that is subtracted has as many tensors: one `torch.library` op for each of the op's
+own, which does no more than allocate what that one returns, in one `autograd.Function`. Calls of
+the two alternate, and their medians are compared.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 if __name__ == "__main__":
-    import torch
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is imported
 
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import count
+from statistics import median
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
-from benchmarks import baseline
-from benchmarks.timing import samples
-from benchmarks.traffic import unchecked_ids
-from gpt1_kernels import ops, use_backend
-from gpt1_kernels.backends import OPS, unavailable_reason
+from gpt1_kernels import backends, ops, use_backend
 from gpt1_kernels.backends.cuda import extension
 
-B, T, C, F, V = 1, 2, 64, 256, 97
+B, T, C, H, V = 2, 16, 64, 2, 96
 DTYPE, P = torch.bfloat16, 0.1
-ROUNDS = 60
-EMPTY = "an empty op"
-COMPARED = "triton", "cuda_host"  # with the baseline: `portable` computes, as fast as the machine
+ROUNDS, WARMUP_ROUNDS = 600, 20
 
-_library = torch.library.Library("gpt1_kernels_benchmarks", "DEF")
-for _name in ("empty_fwd", "empty_bwd"):
-    _library.define(f"{_name}(Tensor x, str backend) -> Tensor")
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, lambda x, backend: torch.empty_like(x), _device)
+_LIBRARY = torch.library.Library("gpt1_kernels_empty", "DEF")
+_numbers = count()
 
 
-class _Empty(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, backend):
-        ctx.save_for_backward(x)
-        ctx.backend = backend
-        return torch.ops.gpt1_kernels_benchmarks.empty_fwd.default(x, backend)
+class Call(NamedTuple):
+    """A call of an op: the function, and the tensors that it takes and that get gradients."""
 
-    @staticmethod
-    def backward(ctx, dout):
-        (x,) = ctx.saved_tensors
-        return torch.ops.gpt1_kernels_benchmarks.empty_bwd.default(x, ctx.backend), None
+    function: Callable[..., Tensor]
+    leaves: Sequence[Tensor]
 
 
-def calls(device: str) -> dict[str, Callable[[], object]]:
-    """A call of each op, forward and backward, by the op's name, and the empty one."""
+def calls() -> dict[str, Call]:
+    """By op, as GPT-1 calls it in training."""
 
-    def new(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(DTYPE).requires_grad_()
+    def leaf(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
 
-    seed = torch.zeros(2, dtype=torch.int64, device=device)
-    ids = torch.zeros(B, T, dtype=torch.int64, device=device)
-    x, residual, w, b, w_fc, b_fc = new(B, T, C), new(B, T, C), new(C), new(C), new(C, F), new(F)
-    w_proj, qkv, table, positions = new(F, C), new(B, T, 3 * C), new(V, C), new(T, C)
-    drops = {"dropout_p": P, "seed": seed}
-    forward = {
-        "causal_attention": (lambda: ops.causal_attention_qkvpacked(qkv, 1, **drops), [qkv]),
-        "gelu_ffn": (
-            lambda: ops.gelu_ffn(x, w_fc, b_fc, w_proj, b), [x, w_fc, b_fc, w_proj, b]
+    def vector(size: int) -> Tensor:
+        return leaf(size, dtype=torch.float32)
+
+    ids = torch.randint(V, (B, T))
+    dropout = {"dropout_p": P, "seed": torch.tensor([1, 2])}
+
+    def residual_site(x, residual, w, b, x_bias):
+        return ops.dropout_add_layer_norm(x, residual, w, b, x_bias=x_bias, **dropout)
+
+    x, table = leaf(B, T, C), leaf(V, C)
+    return {
+        "embedding": Call(
+            lambda *tables: ops.embedding(ids, *tables, **dropout), [table, leaf(T, C)]
         ),
-        "layer_norm": (lambda: ops.layer_norm(x, w, b), [x, w, b]),
-        "dropout_add_layer_norm": (
-            lambda: ops.dropout_add_layer_norm(x, residual, w, b, **drops), [x, residual, w, b]
+        "layer_norm": Call(ops.layer_norm, [x, vector(C), vector(C)]),
+        "dropout_add_layer_norm": Call(
+            residual_site, [x, leaf(B, T, C), vector(C), vector(C), vector(C)]
         ),
-        "embedding": (lambda: ops.embedding(ids, table, positions, **drops), [table, positions]),
-        "linear_cross_entropy": (lambda: ops.linear_cross_entropy(x, table, ids), [x, table]),
-        EMPTY: (lambda: _Empty.apply(x, "portable"), [x]),
+        "causal_attention": Call(
+            lambda *qkv: ops.causal_attention(*qkv, **dropout),
+            [leaf(B, T, H, C // H) for _ in range(3)],
+        ),
+        "causal_attention_qkvpacked": Call(
+            lambda qkv: ops.causal_attention_qkvpacked(qkv, H, **dropout), [leaf(B, T, 3 * C)]
+        ),
+        "gelu_ffn": Call(ops.gelu_ffn, [x, leaf(C, 4 * C), vector(4 * C), leaf(4 * C, C)]),
+        "linear_cross_entropy": Call(
+            lambda h, w: ops.linear_cross_entropy(h, w, ids), [x, table]
+        ),
     }  # fmt: skip
 
-    def both(run: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-        with torch.no_grad():
-            dout = torch.ones_like(run())
-        return lambda: torch.autograd.grad(run(), leaves, dout)
 
-    mask = {"dropout_mask": lambda: ops.dropout_mask(seed, (B, 1, T, T), P, causal=True)}
-    return mask | {name: both(*call) for name, call in forward.items()}
+def host_overhead(backend: str, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
+    """By op: µs of a call, forward and backward, beyond those of an empty op; and those.
+
+    Args:
+        backend: triton, cuda_host or cuda; without a GPU, triton's interpreter must be on.
+        rounds: the number of calls whose median is taken.
+    """
+    device = "cuda" if backend != "cuda_host" and torch.cuda.is_available() else "cpu"
+    results = {}
+    with (
+        torch.device(device),
+        use_backend(backend),
+        _launching_nothing(backend) if device == "cpu" else nullcontext(),
+    ):
+        for name, call in calls().items():
+            pair = call, _empty(call)
+            douts = [torch.ones_like(function(*leaves)) for function, leaves in pair]
+            times = [], []
+            gc.disable()
+            for _ in range(WARMUP_ROUNDS + rounds):
+                for one, dout, of_one in zip(pair, douts, times, strict=True):
+                    of_one.append(_microseconds(one, dout))
+            gc.enable()
+            ours, empty = (median(of_one[WARMUP_ROUNDS:]) for of_one in times)
+            results[name] = ours - empty, empty
+    return results
 
 
-def measure(backend: str, device: str, rounds: int = ROUNDS) -> dict[str, float]:
-    """Seconds of a call of each op on a backend, and of the empty one."""
-    with use_backend(backend), ExitStack() as stack:
-        if device == "cpu" and backend != "portable":
-            stack.enter_context(_without_launches(backend))
-        functions = calls(device)
-        seconds = samples(functions, "cpu", rounds)  # by the wall clock, of the host
-    return {name: min(each) for name, each in seconds.items()}
-
-
-def rows(backend: str) -> dict[str, dict[str, float]]:
-    """What the baseline keeps, of a backend without its launches."""
-    seconds = measure(backend, "cpu")
-    return {
-        f"{op} on {backend}": {"empty ops": round(seconds[op] / seconds[EMPTY], 2)} for op in OPS
-    }
-
-
-def versions() -> dict[str, str]:
-    """What the ratios depend on beside our source."""
-    return {"Python": baseline.python(), "torch": baseline.release(torch.__version__)}
+def _microseconds(call: Call, dout: Tensor) -> float:
+    start = time.perf_counter_ns()
+    torch.autograd.grad(call.function(*call.leaves), call.leaves, dout)
+    return (time.perf_counter_ns() - start) / 1e3
 
 
 @contextmanager
-def _without_launches(backend: str) -> Iterator[None]:
-    def launch(*args, **constants) -> int:
-        return 1  # of CUDA's queries, which ask how many blocks a kernel has
+def _launching_nothing(backend: str) -> Iterator[None]:
+    """Inside, no kernel starts, and nobody looks at ids."""
 
-    class Compiled:
-        def __getattr__(self, function: str):
-            return launch
+    def nothing(*args, **kwargs) -> None:
+        pass
 
-    def start(kernel, grid):
-        return launch
+    class Module:
+        """The compiled module, but that its launchers do nothing."""
 
-    def prepared(backend: str, index: int) -> Compiled:
-        return compiled
+        def __getattr__(self, name: str) -> Callable:
+            if name == "layer_norm_bwd_blocks":  # not a launcher
+                return extension.module("cuda_host").layer_norm_bwd_blocks
+            return nothing
 
-    compiled = Compiled()
+    module = Module()
     with (
+        mock.patch.object(KernelInterface, "__getitem__", return_value=nothing),
+        mock.patch.object(extension, "_prepared", return_value=module),
         unchecked_ids(backend),
-        mock.patch.object(KernelInterface, "__getitem__", start),
-        mock.patch.object(extension, "_prepared", prepared),
     ):
         yield
 
 
-def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for backend in ("triton", "cuda" if device == "cuda" else "cuda_host", "portable"):
-        if (reason := unavailable_reason(backend, "layer_norm", device)) is not None:
-            print(f"{backend}: {reason}")
-            continue
-        seconds = measure(backend, device)
-        empty = seconds.pop(EMPTY)
-        print(f"{backend}: {EMPTY} takes {1e6 * empty:.1f} µs on {device}; above it take")
-        for name, s in seconds.items():
-            print(f"  {name:26}{1e6 * (s - empty):8.1f} µs")
+@contextmanager
+def unchecked_ids(backend: str) -> Iterator[None]:
+    """Inside, the host does not look at ids, as it does not on a GPU."""
+    modules = (backends._module(backend, op) for op in ("embedding", "linear_cross_entropy"))
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(mock.patch.object(module, "check_ids"))
+        yield
+
+
+class _LowLevelCalls(TorchDispatchMode):
+    """Collects the tensors that our low-level ops take, and those that they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[list[Tensor], tuple[Tensor, ...]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.namespace == "gpt1_kernels":
+            taken = [a.detach() for a in args if isinstance(a, Tensor)]
+            self.calls.append((taken, (out,) if isinstance(out, Tensor) else out))
+        return out
+
+
+def _empty(call: Call) -> Call:
+    """The empty op of a call's kind, on tensors of as many elements."""
+    forward, backward = _LowLevelCalls(), _LowLevelCalls()
+    with forward:
+        out = call.function(*call.leaves)
+    with backward:
+        torch.autograd.grad(out, call.leaves, torch.ones_like(out))
+    forward_ops = [_allocating(*tensors) for tensors in forward.calls]
+    (_, *saved), gradients = backward.calls[-1]
+    backward_op = _allocating(*backward.calls[-1])
+    leaves = [torch.randn_like(g).requires_grad_() for g in gradients if g.numel() > 0]
+
+    class Empty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *leaves):
+            for op, (taken, _) in zip(forward_ops, forward.calls, strict=True):
+                out = op(*taken)
+            ctx.save_for_backward(*saved)
+            return out[0] if isinstance(out, tuple) else out
+
+        @staticmethod
+        def backward(ctx, dout):
+            out = backward_op(dout, *ctx.saved_tensors)
+            return tuple(g for g in out if g.numel() > 0) if isinstance(out, tuple) else out
+
+    return Call(Empty.apply, leaves)
+
+
+def _allocating(taken: Sequence[Tensor], made: Sequence[Tensor]) -> Callable:
+    """A low-level op that takes as many tensors, and returns new ones like those made."""
+    name = f"op{next(_numbers)}"
+    arguments = ", ".join(f"Tensor x{i}" for i in range(len(taken)))
+    returns = ", ".join(["Tensor"] * len(made))
+    _LIBRARY.define(f"{name}({arguments}) -> ({returns})")
+
+    def allocate(*taken):
+        out = [torch.empty_like(like) for like in made]
+        return tuple(out) if len(out) > 1 else out[0]
+
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, allocate, device)
+    return getattr(torch.ops.gpt1_kernels_empty, name).default
 
 
 if __name__ == "__main__":
-    main()
+    backend = (sys.argv[1:] or ["triton"])[0]
+    title = f"{backend}, µs a call"
+    print(f"{title:30}{'beyond empty':>14}{'empty':>10}")
+    for op, (overhead, empty) in host_overhead(backend).items():
+        print(f"{op:30}{overhead:14.1f}{empty:10.1f}")

@@ -1,97 +1,130 @@
-"""Launches of a training step by the names of the kernels and of PyTorch's ops, without a GPU.
+"""Kernels that one update of GPT-1 starts, by name: those of a layer, and the others.
 
-    python -m benchmarks.launches
+    python -m benchmarks.launches [triton | cuda_host]
 
-One update of a small model in bf16, all dropout on, is run as `benchmarks.traffic` runs an op. A
-model of two blocks launches more than one of a single block by what a block launches; the rest is
-the embedding, the loss, the clip and the optimizer. An op of PyTorch's counts as one launch,
-whatever it starts on a GPU; allocations and views count nothing. What scales with the batch, such
-as the chunks of the loss, is here what one chunk takes.
+They are counted without a GPU, on models of one and of two small layers, in bf16 autocast and with
+every dropout on: our own on Triton's interpreter or in the CPU build of the CUDA kernels, PyTorch's
+at its dispatcher. There a call counts once, though a sort, or a multi-tensor call on all of GPT-1's
+parameters, starts several kernels.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
 
-from benchmarks import baseline
-from benchmarks.traffic import COUNTING, SHARED_MEMORY, unchecked_ids
-from gpt1_kernels import GPT1Config, GPT1LMHeadModel, use_backend
+from benchmarks.host_overhead import unchecked_ids
+from gpt1_kernels import GPT1Config, GPT1LMHeadModel, backends, use_backend
 from gpt1_kernels.backends.cuda import extension
-from gpt1_kernels.errors import error_record
+from gpt1_kernels.ops import _library
 from training.optim import make_optimizer
 from training.step import train_step
 
-B, T, C, HEADS, V = 2, 64, 64, 1, 97
+B, T, RATE, DECAY = 2, 16, 1e-3, 0.01
 LAYERS = 12  # of GPT-1
-RATE, DECAY = 1e-3, 0.01
 
 
-def of_update(backend: str, layers: int) -> Counter[str]:
-    """Launches of the second update of a model, whose optimizer has its state."""
+def launches_of_update(backend: str, n_layer: int, dtype: str = "bf16") -> Counter[str]:
+    """The kernels of an update that is not the first, by name; PyTorch's begin with `aten::`."""
     torch.manual_seed(0)
-    model = GPT1LMHeadModel(
-        GPT1Config(vocab_size=V, n_positions=T, n_embd=C, n_head=HEADS, n_layer=layers)
-    ).train()
+    config = GPT1Config(vocab_size=90, n_positions=T, n_embd=32, n_layer=n_layer, n_head=2)
+    model = GPT1LMHeadModel(config).train()
     optimizer = make_optimizer(model, RATE, DECAY)
-    input_ids = torch.randint(V, (B, T))
+    input_ids = torch.randint(config.vocab_size, (B, T))
 
     def update(step: int) -> None:
-        train_step(model, model.dropout_stream, optimizer, input_ids, step, RATE, dtype="bf16")
+        train_step(model, model.dropout_stream, optimizer, input_ids, step, RATE, dtype=dtype)
 
-    update(0)
-    for op in ("embedding", "linear_cross_entropy"):
-        error_record(op, V, torch.device("cpu"))  # made once, not in every call
+    with use_backend(backend):
+        update(0)
+        calls = _PyTorchCalls()
+        with calls, seeing_into_our_ops(calls, backend), _counting(backend) as own:
+            update(1)
+    return own + calls.counts
+
+
+class _PyTorchCalls(TorchDispatchMode):
+    """Counts the calls that start a kernel on a GPU: no views, no uninitialised memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, returns = function._schema.name, function._schema.returns
+        aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        is_view = aliases or name == "aten::_unsafe_view"
+        if function.namespace == "aten" and "empty" not in name and not is_view:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def seeing_into_our_ops(mode: TorchDispatchMode, backend: str) -> Iterator[None]:
+    """Inside, the mode sees what our launchers leave to PyTorch, and nothing of the interpreter."""
+
+    def kernel(*which):
+        def run(*args):
+            with mode:
+                return backends.kernel(*which)(*args)
+
+        return run
+
+    def execute(self, *args, **kwargs):
+        with _disable_current_modes():
+            return execute_grid(self, *args, **kwargs)
+
+    execute_grid = GridExecutor.__call__
     with (
-        use_backend(backend),
+        mock.patch.object(_library, "kernel", kernel),
+        mock.patch.object(GridExecutor, "__call__", execute),
         unchecked_ids(backend),
-        mock.patch("gpt1_kernels.ops._library.raise_recorded"),  # which reads host memory alone
-        COUNTING[backend](SHARED_MEMORY) as traffic,
     ):
-        update(1)
-    return traffic.launches
+        yield
 
 
-def of_model(backend: str) -> dict[str, tuple[int, int]]:
-    """By name: the launches of a block, and those beside the blocks; PyTorch's ops come last."""
-    one, two = (of_update(backend, layers) for layers in (1, 2))
-    names = sorted((name for name in two if two[name]), key=lambda name: (":" in name, name))
-    return {name: (two[name] - one[name], 2 * one[name] - two[name]) for name in names}
+@contextmanager
+def _counting(backend: str) -> Iterator[Counter[str]]:
+    """The launches inside of a backend's own kernels, by name."""
+    counts: Counter[str] = Counter()
+    backends.launches.clear()
+    if backend == "cuda_host":
+        extension.module(backend).count_traffic(True)
+    yield counts
+    if backend == "cuda_host":
+        extension.module(backend).count_traffic(False)
+        for name, counted in extension.module(backend).traffic().items():
+            counts[name] += counted["launches"]
+    else:
+        for (_, name), count in backends.launches.items():
+            if name.endswith("_kernel"):  # and not the name of a low-level op
+                counts[name] += count
 
 
-def rows() -> dict[str, dict[str, int]]:
-    """What the baseline keeps, of both backends."""
-    found: dict[str, dict[str, int]] = {}
-    for backend in COUNTING:
-        for name, (of_block, besides) in of_model(backend).items():
-            quantities = {f"{backend}, a block": of_block, f"{backend}, besides": besides}
-            found.setdefault(name, {}).update(quantities)
-    return found
-
-
-def versions() -> dict[str, str]:
-    """What the launches depend on beside our source."""
-    return {"torch": baseline.release(torch.__version__)}
-
-
-def main() -> None:
-    for backend in COUNTING:
-        if backend == "cuda_host" and extension.absence(backend) is not None:
-            continue
-        print(f"{backend:40}{'a block':>10}{'besides':>10}{'GPT-1':>10}")
-        total = 0
-        for name, (of_block, besides) in of_model(backend).items():
-            total += (launched := LAYERS * of_block + besides)
-            print(f"  {name:38}{of_block:10}{besides:10}{launched:10}")
-        print(f"  {'all':38}{total:30}\n", flush=True)
+def table(backend: str) -> str:
+    one, two = (launches_of_update(backend, n_layer) for n_layer in (1, 2))
+    lines = [f"{'kernels of an update, ' + backend:45}{'a layer':>10}{'the rest':>10}"]
+    per_layer = Counter({name: two[name] - one[name] for name in two})
+    for name in sorted(two, key=lambda name: (name.startswith("aten"), name)):
+        lines.append(f"{name:45}{per_layer[name]:10}{one[name] - per_layer[name]:10}")
+    rest = one.total() - per_layer.total()
+    lines.append(f"{'all':45}{per_layer.total():10}{rest:10}")
+    total = LAYERS * per_layer.total() + rest
+    lines.append(f"{f'an update of {LAYERS} layers':45}{total:20}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    print(table((sys.argv[1:] or ["triton"])[0]))

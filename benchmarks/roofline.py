@@ -69,20 +69,24 @@ def embedding_bwd(N: int, V: int, P: int, C: int, s: int) -> Floor:
     return Floor(8 * N + (N + V + P) * C * s + SEED)
 
 
-def causal_attention_fwd(B: int, T: int, H: int, D: int, s: int) -> Floor:
+def causal_attention_fwd(B: int, T: int, H: int, D: int, s: int, dropout: bool = True) -> Floor:
     """q, k, v, dropout bits → o, lse; the products S and PV."""
     A, rows = B * T * H * D * s, B * H * T
-    return Floor(4 * A + dropout_bits(rows, T) + 4 * rows, 2 * _causal_product(rows, T, D))
+    bits = dropout_bits(rows, T) if dropout else 0
+    return Floor(4 * A + bits + 4 * rows, 2 * _causal_product(rows, T, D))
 
 
-def causal_attention_bwd(B: int, T: int, H: int, D: int, s: int, launches: int) -> Floor:
+def causal_attention_bwd(
+    B: int, T: int, H: int, D: int, s: int, launches: int, dropout: bool = True
+) -> Floor:
     """q, k, v, o, do, dropout bits, lse → dq, dk, dv.
 
     Of two launches the first leaves delta to the second. The products are S, dP, dV, dQ and dK.
     """
     A, rows = B * T * H * D * s, B * H * T
+    bits = dropout_bits(rows, T) if dropout else 0
     statistics = (12 if launches == 2 else 4) * rows
-    return Floor(8 * A + dropout_bits(rows, T) + statistics, 5 * _causal_product(rows, T, D))
+    return Floor(8 * A + bits + statistics, 5 * _causal_product(rows, T, D))
 
 
 def gelu_ffn_fwd(N: int, C: int, F: int, s: int, p: int) -> Floor:
@@ -103,6 +107,20 @@ def linear_cross_entropy(N: int, C: int, V: int, s: int) -> Floor:
     The logits are not counted: they need not leave the chip. Three products.
     """
     return Floor(2 * N * C * s + V * C * (s + 4) + 16 * N, 6 * N * C * V)
+
+
+def linear_cross_entropy_fwd(N: int, C: int, V: int, s: int) -> Floor:
+    """h, w, int64 targets → losses, where nobody wants a gradient; one product."""
+    return Floor((N + V) * C * s + 12 * N, 2 * N * C * V)
+
+
+def model_flops(tokens: int, T: int, C: int, V: int, layers: int) -> int:
+    """FLOPs of a language model's forward and backward pass, by which its utilisation is measured.
+
+    Nothing is counted twice: attention's backward has four products, S is not computed again.
+    """
+    linear = 12 * C * C * layers + C * V
+    return tokens * (6 * linear + 6 * T * C * layers)
 
 
 def _partials(sums: int, programs: int, C: int) -> int:

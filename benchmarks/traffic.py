@@ -12,7 +12,6 @@ issued      distinct sectors of each load or store of each program, in CUDA of e
 
 Both are given in bytes and over the floor of `benchmarks.roofline`. Work that a launcher leaves to
 PyTorch, such as zeros or sorting, counts as reading each input and writing each output once.
-The launches are counted beside, by the names of the kernels and of PyTorch's ops.
 
 GPT-1's training shape is too large for either. Once there are enough rows to occupy the grid of
 the chip, 132 processors, its size is constant, and more sequences only lengthen the programs'
@@ -39,9 +38,8 @@ import os
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from unittest import mock
@@ -69,17 +67,14 @@ F = 4 * C
 NARROW = 128
 V_COUNTED, CHUNK = 798, 128
 DTYPE, S = torch.bfloat16, 2
-_FREE = "empty", "_unsafe_view"  # in the names of ops that move nothing and say nothing of aliases
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 @dataclass
 class Traffic:
-    """Bytes of the launches in a `counting` context, and how many there were of each name."""
+    """Bytes of the launches in a `counting` context."""
 
     compulsory: int = 0
     issued: int = 0
-    launches: Counter[str] = field(default_factory=Counter)
     _read: list[np.ndarray] = field(default_factory=list, repr=False)
     _written: list[np.ndarray] = field(default_factory=list, repr=False)
 
@@ -90,41 +85,31 @@ class Traffic:
         sectors.append(touched)
         self.issued += SECTOR * touched.size
 
-    def end_launch(self, kernel: str) -> None:
-        self.launches[kernel] += 1
+    def end_launch(self) -> None:
         for sectors in (self._read, self._written):
             self.compulsory += SECTOR * np.unique(np.concatenate([*sectors, []])).size
             sectors.clear()
 
-    def moved(self, op: str, bytes: int) -> None:
-        self.launches[op] += bytes > 0
+    def moved(self, bytes: int) -> None:
         self.compulsory += bytes
         self.issued += bytes
 
 
 class _AroundKernels(TorchDispatchMode):
-    """Counts what PyTorch's own ops read and write; views and uninitialised memory cost nothing.
-
-    Of the library's ops it counts what their launchers leave to PyTorch.
-    """
+    """Counts what PyTorch's own ops read and write; views and uninitialised memory cost nothing."""
 
     def __init__(self, traffic: Traffic):
         super().__init__()
         self.traffic = traffic
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "gpt1_kernels":
-            with self:
-                return function.redispatch(_CPU, *args, **(kwargs or {}))
         out = function(*args, **(kwargs or {}))
         name = function._schema.name
         aliases = [r.alias_info for r in function._schema.returns if r.alias_info is not None]
-        runs = function.namespace == "aten" and not any(free in name for free in _FREE)
-        if runs and all(alias.is_write for alias in aliases):
+        if "empty" not in name and all(alias.is_write for alias in aliases):
             made = "new_" in name or "_like" in name
             moved = tree_leaves([[] if made else args, [] if aliases else out])
-            bytes = sum(t.nbytes for t in moved if isinstance(t, torch.Tensor))
-            self.traffic.moved(name, bytes)
+            self.traffic.moved(sum(t.nbytes for t in moved if isinstance(t, torch.Tensor)))
         return out
 
 
@@ -147,7 +132,7 @@ def counting() -> Iterator[Traffic]:
     def execute(self, *args, **kwargs):
         with torch.utils._python_dispatch._disable_current_modes():  # for the interpreter's copies
             run(self, *args, **kwargs)
-        traffic.end_launch(self.fn.__name__)
+        traffic.end_launch()
 
     with (
         mock.patch.multiple(
@@ -202,27 +187,12 @@ def _counting_cuda(shared_memory: int) -> Iterator[Traffic]:
         build.count_traffic(False)
         build.set_shared_memory(launching.SMALLEST_SHARED_MEMORY)
         build.set_processors(launching.INTERPRETED_PROCESSORS)
-    for name, of_kernel in build.traffic().items():
-        traffic.launches[name] += of_kernel["launches"]
+    for of_kernel in build.traffic().values():
         traffic.compulsory += of_kernel["compulsory"]
         traffic.issued += of_kernel["issued"]
 
 
 COUNTING = {"triton": _counting_triton, "cuda_host": _counting_cuda}
-
-
-@contextmanager
-def unchecked_ids(backend: str) -> Iterator[None]:
-    """Ids in host memory are checked there before a launch; on a GPU the kernels check them."""
-    functions = (kernel(backend, op, f"{op}_fwd") for op in ("embedding", "linear_cross_entropy"))
-    with ExitStack() as patches:
-        for function in functions:
-            patches.enter_context(mock.patch(f"{function.__module__}.check_ids", _check_nothing))
-        yield
-
-
-def _check_nothing(*args) -> None:
-    pass
 
 
 @contextmanager
@@ -294,8 +264,8 @@ def _embedding(direction: str) -> Callable:
             dout = torch.randn(B, T, C, dtype=DTYPE)
             args = (dout, ids, None, None, seed, 0.1, 0, V, T, DTYPE, [True] * 2)
 
-        def unchecked():
-            with unchecked_ids(backend):
+        def unchecked():  # a GPU does not check ids before the launch
+            with mock.patch(f"{run.__module__}.check_ids"):
                 run(*args)
 
         return unchecked
@@ -345,7 +315,7 @@ def _linear_cross_entropy(backend: str, B: float):
 
     def unchecked():
         with (
-            unchecked_ids(backend),
+            mock.patch(f"{run.__module__}.check_ids"),
             mock.patch.object(chunking, "CHUNK_BYTES", chunk_bytes),
         ):
             run(h, w, targets, None, -100, [True] * 2)

@@ -1,8 +1,9 @@
-"""One update of the paper's model by us and by `transformers`, for `bench_train_step.py`.
+"""One update of a GPT-1 by us, by `transformers` and on plain PyTorch, for `bench_train_step.py`.
 
     python -m benchmarks.train_step gpt1_kernels bf16 0.1
 
-prints the peak memory of one such update in MB, beyond parameters, gradients and optimizer state.
+prints the peak memory of two updates on a CPU in MB, beyond parameters, gradients and optimizer
+state.
 """
 
 from __future__ import annotations
@@ -10,18 +11,34 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.plain_model import PlainLMHeadModel, loss_of
 from gpt1_kernels import GPT1Config, GPT1LMHeadModel
 from training.optim import make_optimizer
 from training.step import autocast, train_step
 
-B, T = 2, 512
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 2.5e-4, 0.01, 1.0
-SIDES = ("gpt1_kernels", "transformers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Side:
+    """Whose model it is, and whether `torch.compile` has it."""
+
+    library: str
+    compiled: bool = False
+
+
+SIDES = {
+    "gpt1_kernels": Side("gpt1_kernels"),
+    "transformers": Side("transformers"),
+    "transformers, compiled": Side("transformers", compiled=True),
+    "plain PyTorch, compiled": Side("plain PyTorch", compiled=True),
+}
 
 
 def config(dropout: float, **overrides: int) -> GPT1Config:
@@ -30,51 +47,94 @@ def config(dropout: float, **overrides: int) -> GPT1Config:
     return GPT1Config(**dict.fromkeys(names, dropout), **overrides)
 
 
-def build(side: str, config: GPT1Config) -> nn.Module:
-    """A language model in training, with the same weights on either side."""
+def build(library: str, config: GPT1Config, device: str = "cpu") -> nn.Module:
+    """A language model in training, with the same weights whoever's it is."""
     torch.manual_seed(0)
-    ours = GPT1LMHeadModel(config).train()
-    if side == "gpt1_kernels":
-        return ours
-    import transformers
+    ours = GPT1LMHeadModel(config)
+    if library == "gpt1_kernels":
+        return ours.to(device).train()
+    if library == "plain PyTorch":
+        model = PlainLMHeadModel(config)
+    else:
+        import transformers
 
-    theirs = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**config.to_dict()))
-    theirs.load_state_dict(ours.state_dict(), strict=False)
-    return theirs.train()
+        model = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**config.to_dict()))
+    model.load_state_dict(ours.state_dict(), strict=False)
+    return model.to(device).train()
 
 
-def make_step(model: nn.Module, dtype: str) -> Callable[[Tensor], Tensor]:
-    """A function that updates the model on input_ids (B, T) by fused AdamW; returns the loss."""
+def make_calls(
+    side: Side, config: GPT1Config, dtype: str, input_ids: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """Functions that return the loss of input_ids (B, T), by what else they do.
+
+    "forward" keeps what backward needs, "model" runs both and keeps the gradients, "step" updates
+    the model by fused AdamW with its gradient clipped.
+    """
+    model = build(side.library, config, input_ids.device.type)
     optimizer = make_optimizer(model, LEARNING_RATE, WEIGHT_DECAY)
-    if isinstance(model, GPT1LMHeadModel):
-        stream, steps = model.dropout_stream, iter(range(sys.maxsize))
-        return lambda input_ids: train_step(
-            model, stream, optimizer, input_ids, next(steps), LEARNING_RATE, clip=CLIP, dtype=dtype
-        )[0]
+    called = torch.compile(model, dynamic=False) if side.compiled else model
 
-    def step(input_ids: Tensor) -> Tensor:
-        with autocast("cpu", dtype):
-            loss = model(input_ids, labels=input_ids).loss
+    def forward() -> Tensor:
+        with autocast(input_ids.device.type, dtype):
+            return loss_of(called, input_ids)
+
+    def both() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = forward()
         loss.backward()
+        return loss.detach()
+
+    def step() -> Tensor:
+        loss = both()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss
 
-    return step
+    steps = iter(range(sys.maxsize))
+
+    def our_step() -> Tensor:
+        return train_step(
+            model, model.dropout_stream, optimizer, input_ids, next(steps), LEARNING_RATE,
+            clip=CLIP, dtype=dtype,
+        )[0]  # fmt: skip
+
+    return {
+        "forward": forward,
+        "model": both,
+        "step": our_step if side.library == "gpt1_kernels" else step,
+    }
 
 
-def bare_products(config: GPT1Config, dtype: str) -> Callable[[], None]:
+def loss_and_gradients(
+    side: Side, config: GPT1Config, dtype: str, input_ids: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a side makes of input_ids with its first weights."""
+    model = build(side.library, config, input_ids.device.type)
+    called = torch.compile(model, dynamic=False) if side.compiled else model
+    with autocast(input_ids.device.type, dtype):
+        loss = loss_of(called, input_ids)
+    loss.backward()
+    return loss.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def bare_products(config: GPT1Config, dtype: str, input_ids: Tensor) -> Callable[[], None]:
     """A function that runs an update's matrix products, forward and backward, and nothing else.
 
     Attention's are those of whole squares, as plain PyTorch computes them.
     """
-    c, rows, heads, size = config.n_embd, B * T, B * config.n_head, config.n_embd // config.n_head
+    (B, T), c, heads = input_ids.shape, config.n_embd, config.n_head
     linear = [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)]
-    x = {k: torch.randn(rows, k, dtype=DTYPES[dtype]) for k in (c, 3 * c, 4 * c, config.vocab_size)}
-    w = {s: torch.randn(*s, dtype=DTYPES[dtype]) for s in [*linear, (c, config.vocab_size)]}
-    q = torch.randn(heads, T, size, dtype=DTYPES[dtype])
-    p = torch.randn(heads, T, T, dtype=DTYPES[dtype])
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=input_ids.device, dtype=DTYPES[dtype])
+
+    x = {k: random(B * T, k) for k in (c, 3 * c, 4 * c, config.vocab_size)}
+    w = {s: random(*s) for s in [*linear, (c, config.vocab_size)]}
+    q, p = random(B * heads, T, c // heads), random(B * heads, T, T)
 
     def layer_product(k: int, n: int) -> None:
         x[k] @ w[k, n]
@@ -94,16 +154,17 @@ def bare_products(config: GPT1Config, dtype: str) -> Callable[[], None]:
     return products
 
 
-def peak_megabytes(side: str, dtype: str, dropout: float) -> float:
+def peak_megabytes(library: str, dtype: str, dropout: float, B: int = 2, T: int = 512) -> float:
     """Peak memory of two updates in this process, beyond what lives from update to update."""
     imported = _peak_bytes()
-    model = build(side, config(dropout))
-    step = make_step(model, dtype)
-    input_ids = torch.randint(model.config.vocab_size, (B, T))
+    full = config(dropout)
+    input_ids = torch.randint(full.vocab_size, (B, T))
+    step = make_calls(Side(library), full, dtype, input_ids)["step"]
     for _ in range(2):
-        step(input_ids)
-    lasting = 4 * sum(4 * p.numel() for p in model.parameters())  # fp32: p, its gradient, m, v
-    return (_peak_bytes() - imported - lasting) / 1e6
+        step()
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT1LMHeadModel(full).parameters())
+    return (_peak_bytes() - imported - 4 * 4 * parameters) / 1e6  # fp32: p, its gradient, m, v
 
 
 def _peak_bytes() -> int:
@@ -111,5 +172,5 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    side, dtype, dropout = sys.argv[1:]
-    print(f"{peak_megabytes(side, dtype, float(dropout)):.0f}")
+    library, dtype, dropout = sys.argv[1:]
+    print(f"{peak_megabytes(library, dtype, float(dropout)):.0f}")

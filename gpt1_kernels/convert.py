@@ -41,7 +41,9 @@ def convert(
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")],
     n_head: int | None = None,
 ) -> None:
-    """Writes `model.safetensors`, `config.json` and, with a vocabulary, `tokenizer.json`.
+    """Writes `model.safetensors` and `config.json`, and the files of the tokenizer.
+
+    These are `tokenizer.json`, `vocab.json` and `merges.txt`, where the source has a vocabulary.
 
     Args:
         source: OpenAI's release (params_shapes.json, params_0.npy ... params_9.npy) or a Hugging
@@ -64,6 +66,7 @@ def convert(
     model.save_pretrained(target)
     if tokenizer is not None:
         tokenizer.save(str(target / TOKENIZER))
+        tokenizer.model.save(str(target))
 
 
 def read_release(folder: Path, n_head: int | None = None) -> GPT1LMHeadModel:

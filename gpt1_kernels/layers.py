@@ -23,12 +23,20 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_in, n_out).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(n_out))
 
+    cast: tuple[Tensor, Tensor] | None = None
+    """Weight and bias as products read them inside `weight_cast.cast_once`."""
+
+    @property
+    def product_weight(self) -> Tensor:
+        return self.weight if self.cast is None else self.cast[0]
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.t(), self.bias)
+        weight, bias = self.cast or (self.weight, self.bias)
+        return linear(x, weight.t(), bias)
 
     def without_bias(self, x: Tensor) -> Tensor:
         """The bare product, for a bias that is fused into what follows."""
-        return linear(x, self.weight.t())
+        return linear(x, self.product_weight.t())
 
 
 class CausalSelfAttention(nn.Module):
@@ -178,8 +186,9 @@ class LinearCrossEntropyLoss(nn.Module):
 
 
 def _in_out(projection: nn.Module) -> Tensor:
-    weight = projection.weight
-    return weight.t() if isinstance(projection, nn.Linear) else weight
+    if isinstance(projection, Conv1D):
+        return projection.product_weight
+    return projection.weight.t() if isinstance(projection, nn.Linear) else projection.weight
 
 
 def _seed(seed: Tensor | None, p: float, x: Tensor) -> Tensor | None:

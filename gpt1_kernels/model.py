@@ -87,12 +87,14 @@ class GPT1Model(nn.Module, PretrainedMixin):
         config: the shape; weights are drawn N(0, initializer_range) from the default generator.
     """
 
+    block_class: type[nn.Module] = Block
+
     def __init__(self, config: GPT1Config):
         super().__init__()
         self.config = config
         self.tokens_embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions_embed = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(self.block_class(config, layer) for layer in range(config.n_layer))
         self.dropout_stream = DropoutStream(config.n_layer)
         self.gradient_checkpointing = False
         for parameter in self.parameters():
@@ -240,9 +242,11 @@ class GPT1Model(nn.Module, PretrainedMixin):
 class _Headed(nn.Module, PretrainedMixin):
     """What all models with a head share."""
 
+    backbone_class: type[GPT1Model] = GPT1Model
+
     def __init__(self, config: GPT1Config):
         super().__init__()
-        self.transformer = GPT1Model(config)
+        self.transformer = self.backbone_class(config)
 
     @property
     def config(self) -> GPT1Config:

@@ -34,8 +34,8 @@ def error(actual: Tensor, oracle: Tensor) -> Error:
         raise ValueError(f"actual: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}")
     if oracle.numel() == 0:
         return Error(0.0, 0.0)
-    oracle = oracle.detach().double().cpu().reshape(-1, oracle.shape[-1] if oracle.dim() else 1)
-    difference = actual.detach().double().cpu().reshape_as(oracle) - oracle
+    oracle = oracle.detach().double().reshape(-1, oracle.shape[-1] if oracle.dim() else 1)
+    difference = actual.detach().to(oracle).reshape_as(oracle) - oracle
     if not difference.isfinite().all():
         return Error(float("inf"), float("inf"))
     if not oracle.any():

@@ -21,6 +21,23 @@ _TABLE = "transformer.tokens_embed.weight"
 _HEADS = ("score.", "multiple_choice_head.", "classifier.")
 
 
+def read_config(folder: str | Path, **overrides) -> GPT1Config:
+    """The configuration in a model folder; arguments and errors as of `from_pretrained`."""
+    file = _required(folder, CONFIG)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON, {error}") from None
+    return GPT1Config.from_dict({**values, **overrides})
+
+
+def _required(folder: str | Path, name: str) -> Path:
+    file = Path(folder) / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected a model folder")
+    return file
+
+
 class PretrainedMixin:
     """`from_pretrained` and `save_pretrained` on a local folder."""
 
@@ -36,19 +53,12 @@ class PretrainedMixin:
             ValueError: a file is damaged, or a tensor is missing, left over or of another shape;
                 the message names it.
         """
-        folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name}: no such file, expected a model folder")
+        config, weights = read_config(folder, **overrides), _required(folder, WEIGHTS)
         try:
-            values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{folder / CONFIG}: not JSON, {error}") from None
-        try:
-            state = load_file(folder / WEIGHTS)
+            state = load_file(weights)
         except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS}: not a whole safetensors file, {error}") from None
-        model = cls(GPT1Config.from_dict({**values, **overrides}))
+            raise ValueError(f"{weights}: not a whole safetensors file, {error}") from None
+        model = cls(config)
         model.load_pretrained_state(state)
         return model.eval()
 
@@ -59,12 +69,18 @@ class PretrainedMixin:
 
         Args:
             state_dict: weights to write instead of the model's own, such as a copy of earlier ones.
+
+        Raises:
+            OSError: a file cannot be written; names it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state_dict = self.state_dict() if state_dict is None else state_dict
         state = {k: v.detach().contiguous().cpu() for k, v in state_dict.items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS}: could not be written, {error}") from None
         text = json.dumps(
             {**self.config.to_dict(), "architectures": [self._architecture]}, indent=2
         )

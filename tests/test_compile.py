@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.launchers import OVER_LENGTHS
-from gpt1_kernels import GPT1LMHeadModel, ops, use_backend
+from gpt1_kernels import GPT1LMHeadModel, GPT1TaskModel, ops, use_backend
+from gpt1_kernels.task_model import HEAD_KEY
 from tests.cases import DEVICE, PARITY, SEED, cast, inputs_for, on_backends, results, upstream
 from tests.models import T, config, randomised, tokens, with_dropout
 
@@ -88,6 +89,27 @@ def test_row21_the_model_compiles_without_a_break(model_config):
         gradients.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("head", ["sum", "choice"])
+def test_row21_the_fine_tuned_model_compiles_without_a_break(head):
+    model = randomised(GPT1TaskModel(with_dropout(extra={HEAD_KEY: head})))
+    inputs = {
+        "input_ids": tokens(4, T),
+        "extract": torch.tensor([T - 1, 5, 9, 3], device=DEVICE),
+        "members": torch.tensor([[0, 1], [2, 3]], device=DEVICE),
+        "lm_targets": tokens(4, T),
+        "lm_weight": torch.ones(4, T, device=DEVICE),
+        "dropout_seeds": model.dropout_stream.seeds(0),
+    }
+    torch._dynamo.reset()
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        out = forward(**inputs)
+        (out.logits.square().sum() + out.lm_loss).backward()
+        results.append([out.logits, out.lm_loss, *(p.grad.clone() for p in model.parameters())])
+    assert all(map(torch.equal, *results))
 
 
 def test_row22_changing_lengths_compile_once_a_class():

@@ -308,6 +308,9 @@ def test_a_hugging_face_vocabulary_is_kept(tmp_path, form):
     tokenizer = Tokenizer.from_file(str(tmp_path / "ours" / "tokenizer.json"))
     assert tokenizer.encode("The th").ids == [8, 9]
     assert tokenizer.decode([8, 9]) == "the th"
+    vocabulary, merges = ((tmp_path / "ours" / name) for name in ("vocab.json", "merges.txt"))
+    assert json.loads(vocabulary.read_text()) == {token: i for i, token in enumerate(ENTRIES)}
+    assert merges.read_text() == "#version: 0.2\nt h\nth e</w>\nt h</w>\n"
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "checkpoint.pkl"])

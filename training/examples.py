@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from training.readers import Row, RowError
 
+T = TypeVar("T")
 Kind = Literal["classification", "entailment", "similarity", "choice"]
 N_TEXTS = {"classification": (1,), "entailment": (2,), "similarity": (2,), "choice": (1, 2)}
 SPLITS = ("train", "validation", "test")
@@ -75,7 +76,8 @@ class Task:
     labels: tuple[str, ...]
     """The classes, or names for the answers in their order; none for a regression."""
     scores: tuple[str, ...]
-    """Keys of `scores.SCORES`; the first decides which epoch is the best."""
+    """Keys of `scores.SCORES`; the first, over all validation examples, decides which epoch is the
+    best: where these have subsets (MNLI, RACE), over the subsets together."""
     forms: tuple[Form, ...]
     hub: Form | None = None
     """The same from Hugging Face, for which `files` has names of splits."""
@@ -136,6 +138,12 @@ def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> Tas
         if not examples:
             raise ValueError(f"{folder or 'the data set'}: no examples to {split} on")
     return TaskData(train, validation, splits.get("test", []), tuple(notes))
+
+
+def chosen(examples: Sequence[T], most: int) -> list[T]:
+    """At most so many of the examples, drawn at random but always the same, in their order."""
+    kept = np.random.default_rng(0).permutation(len(examples))[:most]
+    return [examples[i] for i in sorted(kept)]
 
 
 def _form(task: Task, folder: Path | None) -> Form:
@@ -231,17 +239,21 @@ def _answers(
             raise RowError(f"{where}: {form.answers} is no list of answers")
     if not answers:
         raise RowError(f"{where}: no answers")
-    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise RowError(f"{where}: an answer is empty or not a text")
+    answers = tuple(_checked(where, "an answer", answer) for answer in answers)
     if len(names) < len(answers):
         raise RowError(f"{where}: {len(answers)} answers, but names for {len(names)}")
-    return tuple(answers), [str(name) for name in names[: len(answers)]]
+    return answers, [str(name) for name in names[: len(answers)]]
 
 
 def _text(where: str, row: Mapping[str, Any], column: str) -> str:
-    text = _cell(where, row, column)
+    return _checked(where, column, _cell(where, row, column))
+
+
+def _checked(where: str, name: str, text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise RowError(f"{where}: {column} is empty or not a text")
+        raise RowError(f"{where}: {name} is empty or not a text")
+    if "\0" in text:
+        raise RowError(f"{where}: {name} holds NUL bytes, expected text")
     return text
 
 

@@ -24,12 +24,13 @@ from gpt1_kernels.task_model import HEAD_KEY
 from training import metrics, run, scores, submissions
 from training.batches import Batch, Buckets, by_length, collate
 from training.checkpoint import CheckpointWriter
-from training.examples import Task, TaskData, load
+from training.examples import Task, TaskData, chosen, load
 from training.finetune_config import CUSTOM, FinetuneConfig, complete
 from training.inputs import N_SPECIALS, Encoded, encode
+from training.lstm import backbone_at, backbone_of
 from training.optim import make_optimizer, warmup_linear
 from training.plots import plot_predictions
-from training.step import SkippedUpdates, apply_losses, autocast
+from training.step import SkippedUpdates, apply_losses, autocast, weights_in
 from training.tasks import TASKS, custom_task
 from training.tokenizer import Tokenizer
 
@@ -57,23 +58,32 @@ class Setup:
 def main(config: FinetuneConfig) -> None:
     config = complete(config)
     setup = prepare(config)
-    seeds = range(config.seed, config.seed + config.seeds)
     if config.seeds == 1:
         finetune(config, setup)
         return
-    results = [
-        finetune(replace(config, seed=seed, out=config.out / f"seed-{seed}"), setup)["validation"]
-        for seed in seeds
-    ]
-    spreads = scores.spread(results)
+    spreads = scores.spread([result["validation"] for result in finetune_seeds(config, setup)])
     summary = {name: asdict(spread) for name, spread in spreads.items()}
-    text = json.dumps({"seeds": list(seeds), "validation": summary}, indent=2)
+    text = json.dumps({"seeds": list(seeds_of(config)), "validation": summary}, indent=2)
     (config.out / SUMMARY).write_text(text + "\n")
     for name, s in spreads.items():
         print(
-            f"{name} over {len(seeds)} seeds: median {s.median:.3f} ({s.low:.3f} to {s.high:.3f}), "
-            f"mean {s.mean:.3f}, 95 % interval {s.interval[0]:.3f} to {s.interval[1]:.3f}"
+            f"{name} over {config.seeds} seeds: median {s.median:.3f} ({s.low:.3f} to "
+            f"{s.high:.3f}), mean {s.mean:.3f}, 95 % interval {s.interval[0]:.3f} to "
+            f"{s.interval[1]:.3f}"
         )
+
+
+def seeds_of(config: FinetuneConfig) -> range:
+    """--seeds of them, from --seed on."""
+    return range(config.seed, config.seed + config.seeds)
+
+
+def finetune_seeds(config: FinetuneConfig, setup: Setup) -> list[dict]:
+    """A run for each seed, into the folders `seed-N` of `config.out`. Returns their results."""
+    return [
+        finetune(replace(config, seed=seed, out=config.out / f"seed-{seed}"), setup)
+        for seed in seeds_of(config)
+    ]
 
 
 def finetune(config: FinetuneConfig, setup: Setup) -> dict:
@@ -176,12 +186,16 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
                 examples, clock = 0, time.perf_counter()
         writer.wait()
 
-        best = GPT1TaskModel.from_pretrained(out / "model").to(config.device)
+        best = type(model).from_pretrained(out / "model").to(config.device)
+        seen = chosen(list(zip(data.train, setup.train, strict=True)), len(setup.validation))
+        seen_examples, seen_encoded = zip(*seen, strict=True)
+        fitted = predict(best, seen_encoded, config, task)
         predictions = predict(best, setup.validation, config, task)
         labels = np.array([example.label for example in setup.validation])
         plot_predictions(labels, predictions, task.labels, out / "predictions.png")
         result = {
             "best epoch": best_epoch,
+            "training": scores.evaluate(task, seen_examples, fitted),
             "validation": scores.evaluate(task, data.validation, predictions),
             "baseline": scores.baseline(task, data.train, data.validation),
         }
@@ -199,18 +213,19 @@ def micro_losses(
     model: GPT1TaskModel, batch: Batch, seeds: Tensor, config: FinetuneConfig, task: Task
 ) -> Iterator[Tensor]:
     """The paper's L3 = L2 + λ · L1 of a batch in host memory, micro-batch by micro-batch."""
-    for first, part in batch.split(config.accumulate):
-        part = part.to(config.device)
-        with autocast(config.device, config.dtype):
-            output = model(
-                part.input_ids, part.extract, part.members,
-                part.lm_targets if config.lm_weight > 0 else None, part.lm_weight,
-                dropout_seeds=seeds, first_sequence=first,
-            )  # fmt: skip
-        loss = task_loss(output.logits, part.labels, task) / len(batch.members)
-        if config.lm_weight > 0:
-            loss = loss + config.lm_weight * output.lm_loss
-        yield loss
+    with weights_in(model, config.dtype):
+        for first, part in batch.split(config.accumulate):
+            part = part.to(config.device)
+            with autocast(config.device, config.dtype):
+                output = model(
+                    part.input_ids, part.extract, part.members,
+                    part.lm_targets if config.lm_weight > 0 else None, part.lm_weight,
+                    dropout_seeds=seeds, first_sequence=first,
+                )  # fmt: skip
+            loss = task_loss(output.logits, part.labels, task) / len(batch.members)
+            if config.lm_weight > 0:
+                loss = loss + config.lm_weight * output.lm_loss
+            yield loss
 
 
 def task_loss(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
@@ -247,16 +262,15 @@ def prepare(config: FinetuneConfig) -> Setup:
     data = load(task, folder, skip_bad_rows=config.skip_bad_rows)
     for note in data.notes:
         print(note)
-    if config.train_examples is not None and config.train_examples < len(data.train):
-        kept = np.random.default_rng(0).permutation(len(data.train))[: config.train_examples]
-        data = replace(data, train=[data.train[i] for i in sorted(kept)])
+    if config.train_examples is not None:
+        data = replace(data, train=chosen(data.train, config.train_examples))
 
     digest = hashlib.sha256(repr((task.kind, task.labels)).encode())
     pretrained = None
     if config.model is not None:
         model = config.model / "model" if (config.model / "model").is_dir() else config.model
         tokenizer = Tokenizer.open(model)
-        pretrained = GPT1Model.from_pretrained(model)
+        pretrained = backbone_at(model).bare.from_pretrained(model)
         shape = pretrained.config
         if shape.vocab_size not in (tokenizer.vocab_size, tokenizer.vocab_size + N_SPECIALS):
             raise ValueError(
@@ -294,7 +308,7 @@ def make_model(config: FinetuneConfig, setup: Setup) -> GPT1TaskModel:
     extra[HEAD_KEY] = "choice" if task.kind == "choice" else "sum"
     if task.kind != "choice" and task.labels:
         extra["id2label"] = {str(number): label for number, label in enumerate(task.labels)}
-    model = GPT1TaskModel(
+    model = backbone_of(shape).task_model(
         replace(
             shape, vocab_size=setup.tokenizer.vocab_size + N_SPECIALS, num_labels=task.outputs,
             summary_first_dropout=config.classifier_dropout, extra=extra,
@@ -323,7 +337,7 @@ def listed(values: dict[str, float]) -> str:
 
 
 def print_result(result: dict) -> None:
-    for name in ("validation", "baseline", "test"):
+    for name in ("training", "validation", "baseline", "test"):
         if result.get(name):
             print(f"{name}: {listed(result[name])}")
 

@@ -48,7 +48,8 @@ class FinetuneConfig:
     """auto: from the newest checkpoint in --out, if there is one; never: --out must be new or
     empty; or a checkpoint, or a run to take the newest from."""
     epochs: int = 3
-    """Passes over the training examples."""
+    """Passes over the training examples. The model after the best one is kept: by the task's first
+    score over all validation examples, those of both subsets of MNLI and RACE together."""
     batch_size: int = 32
     """Examples in an update."""
     accumulate: int = 1

@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from gpt1_kernels import GPT1LMHeadModel
+from training.lstm import backbone_at
 from training.sample import sample
 from training.tokenizer import Tokenizer
 
@@ -68,7 +69,8 @@ def open_model(folder: Path) -> tuple[GPT1LMHeadModel, Tokenizer]:
     """
     if (folder / "model").is_dir():
         folder = folder / "model"
-    return GPT1LMHeadModel.from_pretrained(folder), Tokenizer.open(folder)
+    model = backbone_at(folder).language_model.from_pretrained(folder)
+    return model, Tokenizer.open(folder)
 
 
 def single_token(tokenizer: Tokenizer, text: str) -> int:

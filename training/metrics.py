@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt1_kernels import GPT1Config, GPT1LMHeadModel
+from gpt1_kernels import CausalSelfAttention, GPT1LMHeadModel
 from gpt1_kernels.ops import linear_cross_entropy
 from training.step import autocast
 
@@ -128,11 +128,12 @@ def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
     return loss / math.log(2) * tokens / n_bytes
 
 
-def flops_per_token(config: GPT1Config) -> float:
+def flops_per_token(model: GPT1LMHeadModel) -> float:
     """Matrix arithmetic of forward and backward: 6 a weight, and the causal half of attention."""
-    block = 12 * config.n_embd**2
-    weights = config.n_layer * block + config.vocab_size * config.n_embd
-    return 6 * weights + 6 * config.n_layer * config.n_positions * config.n_embd
+    positions = model.transformer.positions_embed.weight  # are looked up, not multiplied
+    weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2) - positions.numel()
+    layers = sum(isinstance(module, CausalSelfAttention) for module in model.modules())
+    return 6 * weights + 6 * layers * positions.numel()
 
 
 def measured_peak(device: str, dtype: str) -> float:

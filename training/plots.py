@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from training.comparison import Comparison
 
 
 def plot_runs(runs: Sequence[Path], picture: Path) -> None:
@@ -95,5 +98,59 @@ def plot_zero_shot(rows: Sequence[Mapping[str, Any]], picture: Path) -> None:
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.grid(alpha=0.3)
     axis.legend()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def plot_ablations(comparisons: Mapping[str, Comparison], picture: Path) -> None:
+    """Draws the variants of each task as bars with their 95 % intervals.
+
+    A dashed line is the task's baseline; open markers are the paper's numbers.
+    """
+    figure, axis = plt.subplots(figsize=(2 + 1.6 * len(comparisons), 4), layout="constrained")
+    variants = list(next(iter(comparisons.values())).validation)
+    width = 0.8 / len(variants)
+    for number, variant in enumerate(variants):
+        x = np.arange(len(comparisons)) + (number - (len(variants) - 1) / 2) * width
+        scores = [c.validation[variant] for c in comparisons.values()]
+        errors = [score.interval[1] - score.mean for score in scores]
+        axis.bar(x, [score.mean for score in scores], width, yerr=errors, capsize=3, label=variant)
+        published = [c.paper.get(variant, np.nan) for c in comparisons.values()]
+        axis.plot(x, published, "o", color="black", fillstyle="none")
+    for number, comparison in enumerate(comparisons.values()):
+        axis.hlines(comparison.baseline, number - 0.45, number + 0.45, "black", "dashed")
+    axis.plot([], "o", color="black", fillstyle="none", label="the paper")
+    axis.plot([], "--", color="black", label="baseline")
+    names = [f"{task}\n{c.score}" for task, c in comparisons.items()]
+    axis.set_xticks(range(len(names)), names)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def plot_transfer(comparisons: Mapping[str, Comparison], picture: Path) -> None:
+    """Draws scores against transferred blocks, with 95 % bands; dashed on training examples.
+
+    A dotted line is the task's baseline.
+    """
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for number, (task, comparison) in enumerate(comparisons.items()):
+        colour = f"C{number}"
+        blocks = np.arange(len(comparison.validation)) - 1
+        for scores, style, alpha, label in (
+            (comparison.validation, "-", 0.2, f"{task}, {comparison.score}"),
+            (comparison.training, "--", 0.08, f"{task}, training examples"),
+        ):
+            means = [score.mean for score in scores.values()]
+            axis.plot(blocks, means, style, color=colour, marker="o", markersize=3, label=label)
+            low, high = zip(*(score.interval for score in scores.values()), strict=True)
+            axis.fill_between(blocks, low, high, color=colour, alpha=alpha, linewidth=0)
+        axis.axhline(comparison.baseline, color=colour, linestyle=":", linewidth=0.8)
+    axis.set_xticks(blocks, ["nothing", "0", *map(str, blocks[2:])])
+    axis.set_xlabel("pre-trained blocks, above the embeddings")
+    axis.set_ylabel("score")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
     figure.savefig(picture, dpi=120)
     plt.close(figure)

@@ -14,14 +14,15 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from gpt1_kernels import GPT1Config, GPT1LMHeadModel, use_backend
-from training import data, metrics, run
+from gpt1_kernels import use_backend
+from training import data, lstm, metrics, run
 from training.checkpoint import CheckpointWriter
 from training.config import PretrainConfig, complete
 from training.optim import make_optimizer, warmup_cosine
 from training.plots import plot_runs
 from training.sample import sample
-from training.step import SkippedUpdates, train_step
+from training.static_step import CapturedStep, StaticStep
+from training.step import SkippedUpdates
 from training.store import tokenised
 from training.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ def main(config: PretrainConfig) -> None:
     out, start = config.out, 0 if checkpoint is None else checkpoint.step
     torch.manual_seed(config.seed)
 
-    model_config = GPT1Config.preset(config.preset)
+    model_config = lstm.shape(config.backbone, config.preset)
     length = model_config.n_positions
     corpus = data.Corpus(
         config.data, text_column=config.text_column, sentence_shuffled=config.sentence_shuffled
@@ -67,7 +68,8 @@ def main(config: PretrainConfig) -> None:
     print(f"text: {len(train):,} tokens to train on, {len(validation):,} to validate on")
 
     model_config = replace(model_config, vocab_size=tokenizer.vocab_size)
-    model = GPT1LMHeadModel(model_config).to(config.device).train()
+    model = lstm.backbone_of(model_config).language_model(model_config)
+    model = model.to(config.device).train()
     model.dropout_stream.set_key(config.seed)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     skipped = SkippedUpdates(config.device)
@@ -79,7 +81,11 @@ def main(config: PretrainConfig) -> None:
         print(f"resumed from step {start} ({checkpoint.folder})")
     if checkpoint is None or checkpoint.folder.parent.parent == out:
         run.cut_logs(out, {} if checkpoint is None else checkpoint.state["log_sizes"])
-    step_model = torch.compile(model) if config.compile else model
+    make_update = (CapturedStep if config.cuda_graph else StaticStep)(
+        torch.compile(model) if config.compile else model, model.dropout_stream, optimizer,
+        (config.batch_size, length), accumulate=config.accumulate, clip=config.clip,
+        dtype=config.dtype,
+    )  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"model: {config.preset}{chosen}, {parameters / 1e6:.1f} M parameters, vocabulary "
@@ -91,7 +97,7 @@ def main(config: PretrainConfig) -> None:
     log = metrics.MetricsLog(out, start)
     writer = CheckpointWriter(out / run.CHECKPOINTS, config.keep)
     peak = metrics.measured_peak(config.device, config.dtype)
-    flops = metrics.flops_per_token(model_config)
+    flops = metrics.flops_per_token(model)
     prompt = tokenizer.decode(validation[:PROMPT_TOKENS])
 
     def validate(step: int) -> float:
@@ -122,10 +128,7 @@ def main(config: PretrainConfig) -> None:
         for step in bar:
             rate = config.learning_rate * warmup_cosine(step, config.warmup, config.steps)
             batch = windows.batch(step)
-            update = train_step(
-                step_model, model.dropout_stream, optimizer, to_device(batch, config.device), step,
-                rate, accumulate=config.accumulate, clip=config.clip, dtype=config.dtype,
-            )  # fmt: skip
+            update = make_update(pinned(batch, config.device), step, rate)
             skipped.note(step, update.finite)
             tokens += batch.numel()
             done = step + 1
@@ -184,11 +187,9 @@ def print_result(result: dict[str, float]) -> None:
     print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
 
 
-def to_device(batch: torch.Tensor, device: str) -> torch.Tensor:
-    """A copy on the device; to a GPU from pinned memory, so that the host need not wait for it."""
-    if not device.startswith("cuda"):
-        return batch
-    return batch.pin_memory().to(device, non_blocking=True)
+def pinned(batch: torch.Tensor, device: str) -> torch.Tensor:
+    """The batch in memory from which a copy to the device does not keep the host waiting."""
+    return batch.pin_memory() if device.startswith("cuda") else batch
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LOGS = ("metrics.jsonl", "samples.txt")
 # and weights lie is free too, for their digests are part of the identity.
 FREE = {
     "out", "resume", "data", "tokenizer", "text_column", "sentence_shuffled", "device", "backend",
-    "compile", "accumulate", "eval_every", "sample_every", "checkpoint_every", "keep",
+    "compile", "cuda_graph", "accumulate", "eval_every", "sample_every", "checkpoint_every", "keep",
     "max_skipped", "data_dir", "custom", "skip_bad_rows", "model", "seeds",
 }  # fmt: skip
 

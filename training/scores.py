@@ -11,6 +11,8 @@ from sklearn import metrics
 
 from training.examples import Example, Task
 
+ROUNDING = 1e-12  # of the mean of equal scores
+
 
 def _correlation(function: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
     """0 where one side is constant: it says nothing of the other."""
@@ -73,10 +75,12 @@ class Spread:
 
 def spread(results: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
     """Median, range, mean and its interval of every score, over the results of the seeds."""
-    return {name: _spread(np.array([result[name] for result in results])) for name in results[0]}
+    return {name: spread_of([result[name] for result in results]) for name in results[0]}
 
 
-def _spread(values: np.ndarray) -> Spread:
+def spread_of(values: Sequence[float]) -> Spread:
+    """The same of one score."""
+    values = np.asarray(values)
     n, mean = len(values), float(values.mean())
     half = np.inf
     if n > 1:
@@ -85,3 +89,11 @@ def _spread(values: np.ndarray) -> Spread:
         float(np.median(values)), float(values.min()), float(values.max()), mean,
         (mean - half, mean + half),
     )  # fmt: skip
+
+
+def verdict(spread: Spread, reference: float) -> str:
+    """ "beats" or "worse" where the 95 % interval excludes the reference, else "no difference"."""
+    low, high = spread.interval
+    if low > reference + ROUNDING:
+        return "beats"
+    return "worse" if high < reference - ROUNDING else "no difference"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from gpt1_kernels.rng import DropoutStream
+from gpt1_kernels.weight_cast import cast_once
 
 
 def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
@@ -18,6 +19,11 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
     if dtype == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def weights_in(model: nn.Module, dtype: str) -> contextlib.AbstractContextManager:
+    """For bf16, the model's weights cast once for all that `autocast` runs inside."""
+    return contextlib.nullcontext() if dtype == "fp32" else cast_once(model, torch.bfloat16)
 
 
 class Update(NamedTuple):
@@ -35,8 +41,8 @@ def train_step(
     dropout_stream: DropoutStream,
     optimizer: torch.optim.Optimizer,
     input_ids: Tensor,
-    step: int,
-    learning_rate: float,
+    step: int | Tensor,
+    learning_rate: float | Tensor,
     *,
     accumulate: int = 1,
     clip: float = 1.0,
@@ -51,17 +57,19 @@ def train_step(
     Args:
         optimizer: a fused one.
         input_ids: (B, T); accumulate divides B.
-        step: number of the update; selects the dropout bits.
+        step: number of the update; selects the dropout bits. A tensor, like the learning rate, is
+            read on the device.
     """
     seeds = dropout_stream.seeds(step)
 
     def losses() -> Iterator[Tensor]:
         tokens = 0
-        for part in input_ids.chunk(accumulate):
-            with autocast(input_ids.device.type, dtype):
-                loss = model(part, labels=part, dropout_seeds=seeds, row_offset=tokens).loss
-            yield loss / accumulate
-            tokens += part.numel()
+        with weights_in(model, dtype):
+            for part in input_ids.chunk(accumulate):
+                with autocast(input_ids.device.type, dtype):
+                    loss = model(part, labels=part, dropout_seeds=seeds, row_offset=tokens).loss
+                yield loss / accumulate
+                tokens += part.numel()
 
     return apply_losses(model, optimizer, losses(), learning_rate, clip=clip)
 
@@ -70,7 +78,7 @@ def apply_losses(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     losses: Iterable[Tensor],
-    learning_rate: float,
+    learning_rate: float | Tensor,
     *,
     clip: float = 1.0,
 ) -> Update:
@@ -87,7 +95,7 @@ def apply_losses(
         loss.backward()
         total += loss.detach()
     norm = clip_grad_norm_(model.parameters(), clip)
-    finite = torch.isfinite(total) & torch.isfinite(norm)
+    finite = torch.isfinite(total + norm)
     optimizer.found_inf = (~finite).float()  # what torch's GradScaler tells a fused optimizer
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

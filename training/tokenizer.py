@@ -204,11 +204,13 @@ class Tokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `open` and transformers read.
 
         The style is an entry of the latter. transformers does not know of it: there, a tokenizer of
-        either style encodes in style hf.
+        either style encodes in style hf, and ftfy is the caller's. `vocab.json` and `merges.txt`
+        hold the same vocabulary in the format of OpenAI's two files, for readers of those.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._pipeline.save(str(folder / "tokenizer.json"))
+        self._pipeline.model.save(str(folder))
         config = {
             "tokenizer_class": "OpenAIGPTTokenizer",
             "unk_token": UNKNOWN,

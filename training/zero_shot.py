@@ -29,8 +29,9 @@ from gpt1_kernels.model import IGNORE_INDEX
 from gpt1_kernels.ops import linear_cross_entropy
 from training import readers, run
 from training.checkpoint import Checkpoint, checkpoints
-from training.examples import Example, RowError, load
+from training.examples import Example, RowError, chosen, load
 from training.inputs import Ids, cut_longest
+from training.lstm import backbone_at
 from training.plots import plot_zero_shot
 from training.scores import SCORES
 from training.tasks import TASKS
@@ -90,7 +91,7 @@ def main(config: ZeroShotConfig) -> None:
     rows = []
     for folder in found:
         step = Checkpoint.open(folder).step
-        model = GPT1LMHeadModel.from_pretrained(folder).to(config.device)
+        model = backbone_at(folder).language_model.from_pretrained(folder).to(config.device)
         tokenizer = Tokenizer.open(folder)
         scores = {
             name: zero_shot(name, examples, model, tokenizer, config)
@@ -115,12 +116,10 @@ def read_tasks(config: ZeroShotConfig) -> dict[str, dict[str, list[Example]]]:
             tasks[name] = {"train": data.train, "validation": data.validation}
     if config.dprd is not None:
         tasks["dprd"] = {"validation": read_dprd(config.dprd)}
-    rng = np.random.default_rng(0)
-    for splits in tasks.values():
-        for split, examples in splits.items():
-            kept = sorted(rng.permutation(len(examples))[: config.examples])
-            splits[split] = [examples[i] for i in kept]
-    return tasks
+    return {
+        name: {split: chosen(examples, config.examples) for split, examples in splits.items()}
+        for name, splits in tasks.items()
+    }
 
 
 def read_dprd(file: Path) -> list[Example]:

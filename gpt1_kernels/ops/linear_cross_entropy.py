@@ -74,12 +74,13 @@ class _ReducedLoss(torch.autograd.Function):
             h, product_w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2], backend
         )
         loss = losses.sum()
-        scale = torch.ones_like(loss)
         if mean:
             kept = targets != ignore_index
             total = kept.sum() if token_weight is None else (token_weight * kept).sum()
             # All ignored: 0 / 1 leaves loss and gradients at 0.
             scale = 1 / torch.where(total == 0, 1, total).to(torch.float32)
+        else:
+            scale = torch.ones_like(loss)
         ctx.save_for_backward(dh, dw, scale)
         ctx.config = w.dtype, backend
         return loss * scale

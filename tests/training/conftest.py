@@ -51,3 +51,11 @@ def whole(run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     run(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def whole_lstm(run, tmp_path_factory) -> Path:
+    """The same with the LSTM."""
+    out = tmp_path_factory.mktemp("runs") / "whole_lstm"
+    run(out, backbone="lstm")
+    return out

@@ -8,6 +8,7 @@ from gpt1_kernels import GPT1TaskModel, use_backend
 from gpt1_kernels.task_model import HEAD_KEY
 from tests.cases import DEVICE
 from tests.models import V, config, randomised
+from training import batches
 from training.batches import Buckets, by_length, collate
 from training.inputs import Encoded
 
@@ -82,6 +83,21 @@ def test_padding_changes_no_result(head, examples):
         torch.testing.assert_close(alone.logits[0], logits[: alone.logits.shape[1]])
         assert (logits[alone.logits.shape[1] :] == -torch.inf).all()
     torch.testing.assert_close(losses, tight.lm_loss)
+
+
+@pytest.mark.parametrize(("head", "examples"), [("choice", RAGGED), ("sum", PAIRS)])
+def test_row08_what_padding_holds_reaches_no_result(head, examples, monkeypatch):
+    model, results = task_model(head), []
+    for padding in (0, 7):
+        monkeypatch.setattr(batches, "PADDING", padding)
+        batch = collate(examples, length=20)
+        model.zero_grad()
+        out = outputs(model, batch)
+        loss = out.lm_loss + out.logits[batch.members >= 0].sum()
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        results.append([out.lm_loss, out.logits, *gradients])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])

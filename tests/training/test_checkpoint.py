@@ -18,8 +18,8 @@ from training.step import train_step
 from training.tokenizer import Tokenizer
 
 FILES = (
-    "checkpoint.json", "config.json", "model.safetensors", "optimizer.safetensors",
-    "tokenizer.json", "tokenizer_config.json",
+    "checkpoint.json", "config.json", "merges.txt", "model.safetensors", "optimizer.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json",
 )  # fmt: skip
 
 
@@ -150,6 +150,15 @@ def test_row28_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(
     damage(folder / "step-00000001" / name)
     with pytest.raises(ValueError, match="none of 2 checkpoints can be used"):
         newest(folder)
+
+
+def test_row28_a_refused_checkpoint_is_written_again(save):
+    save(1)
+    folder = save(2)
+    flip(folder / "step-00000002" / "model.safetensors")
+    save(2)
+    assert newest(folder).step == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_row28_a_changed_state_is_refused(save):

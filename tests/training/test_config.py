@@ -87,6 +87,7 @@ def test_the_folder_is_the_first_that_is_free():
         ("warmup", 1801, "0 to --steps 1800"),
         ("seed", -1, "0 to 2^63 - 1"),
         ("seed", 2**63, "0 to 2^63 - 1"),
+        ("cuda_graph", True, "a GPU, not --device cpu"),
         ("backend", "fast", "one of auto, triton, cuda, cuda_host, portable"),
         ("device", "tpu", "cpu, cuda or cuda:N"),
         ("device", "meta", "cpu, cuda or cuda:N"),

@@ -14,7 +14,10 @@ from training.evaluate import EvaluateConfig, main
 PLOT = Path(__file__).parents[2] / "training" / "plot.py"
 
 
-def test_each_held_out_document_and_all_of_them_have_a_perplexity(whole, capsys):
+@pytest.mark.parametrize("backbone", ["whole", "whole_lstm"])
+def test_each_held_out_document_and_all_of_them_have_a_perplexity(backbone, request, capsys):
+    whole = request.getfixturevalue(backbone)
+    capsys.readouterr()  # what its training said
     main(EvaluateConfig(whole, device="cpu"))
     *documents, total = capsys.readouterr().out.splitlines()
     rows = [re.match(r" *([\d.]+) +([\d,]+) tokens  (.+)", line).groups() for line in documents]

@@ -6,16 +6,21 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gpt1_kernels import GPT1Config, GPT1DoubleHeadsModel, GPT1LMHeadModel, GPT1TaskModel
-from training import finetune, run
+from gpt1_kernels import pretrained as pretrained_files
+from training import checkpoint, finetune, run
+from training.examples import chosen
 from training.finetune_config import FinetuneConfig, complete
+from training.inputs import encode
 from training.tasks import Custom
 from training.tokenizer import Tokenizer
 
@@ -148,6 +153,19 @@ def test_each_kind_of_task_is_learned_well_beyond_its_baseline(settings, task, c
     assert (config.out / "predictions.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_training_score_is_of_as_many_examples_as_validate(settings):
+    config = settings(epochs=1)
+    finetune.main(config)
+    setup = finetune.prepare(complete(config))
+    model = GPT1TaskModel.from_pretrained(config.out / "model")
+    right = finetune.predict(model, setup.train, config, setup.task) == [
+        x.label for x in setup.train
+    ]
+    assert len(setup.validation) == 40 < len(right)
+    score = run.read_result(config.out)["training"]["accuracy"]
+    assert score == np.mean(chosen(right, 40)) != np.mean(right)
+
+
 def test_a_run_leaves_a_model_predictions_and_a_log(settings, data):
     config = settings()
     finetune.main(config)
@@ -224,6 +242,25 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(settings, t
         assert distance <= 1e-5 * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("task", TASK_FILES)
+def test_row15_in_bf16_losses_and_gradients_stay_fp32(settings, task):
+    losses, gradients = [], []
+    for dtype in ("fp32", "bf16"):
+        config = complete(settings(task=task, dtype=dtype))
+        setup = finetune.prepare(config)
+        torch.manual_seed(0)
+        model = finetune.make_model(config, setup).eval()
+        batch = finetune.collate(setup.train[:5])
+        (loss,) = finetune.micro_losses(model, batch, None, config, setup.task)
+        loss.backward()
+        assert {x.dtype for x in (loss, *(p.grad for p in model.parameters()))} == {torch.float32}
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
 def test_without_the_auxiliary_language_model_the_loss_is_the_classifiers(settings):
     config = complete(settings(lm_weight=0.0))
     setup = finetune.prepare(config)
@@ -281,11 +318,52 @@ def test_scratch_needs_no_model(settings, tmp_path):
 
 
 def test_multiple_choice_opens_as_the_double_heads_model(settings):
+    """Also in transformers, where its own tokenizer and model predict what was predicted here."""
+    transformers = pytest.importorskip("transformers")
     config = settings(task="openbookqa", epochs=1)
     finetune.main(config)
-    ours = GPT1TaskModel.from_pretrained(config.out / "model")
-    other = GPT1DoubleHeadsModel.from_pretrained(config.out / "model")
+    folder = config.out / "model"
+    ours = GPT1TaskModel.from_pretrained(folder)
+    other = GPT1DoubleHeadsModel.from_pretrained(folder)
     assert ours.state_dict().keys() == other.state_dict().keys()
+
+    theirs = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    start = len(tokenizer)  # then the delimiter and the extract token
+    lines = ["index\tprediction"]
+    for row in map(json.loads, (config.data_dir / "dev.jsonl").read_text().splitlines()):
+        stem = tokenizer(row["question"]["stem"])["input_ids"]
+        scores = []
+        for choice in row["question"]["choices"]:
+            answer = tokenizer(choice["text"])["input_ids"]
+            ids = torch.tensor([[[start, *stem, start + 1, *answer, start + 2]]])
+            scores.append(theirs(ids).mc_logits.item())
+        lines.append(f"{row['id']}\t{'ABC'[int(np.argmax(scores))]}")
+    assert (config.out / "predictions" / "OpenBookQA.tsv").read_text().splitlines() == lines
+
+
+def test_a_pair_in_either_order_trains_to_the_same_bits(settings):
+    """With dropout: the outputs, the losses and every gradient of a batch of similarity."""
+    config = complete(settings(task="stsb", classifier_dropout=0.5))
+    setup = finetune.prepare(config)
+    torch.manual_seed(0)
+    model = finetune.make_model(config, setup).train()
+    model.dropout_stream.set_key(0)
+    seeds = model.dropout_stream.seeds(0)
+
+    def results(examples):
+        encoded = [encode(x, "similarity", setup.tokenizer, 24) for x in examples]
+        batch = finetune.collate(encoded)
+        model.zero_grad()
+        (loss,) = finetune.micro_losses(model, batch, seeds, config, setup.task)
+        loss.backward()
+        logits = model(batch.input_ids, batch.extract, batch.members, dropout_seeds=seeds).logits
+        return [logits, loss, *(p.grad.clone() for p in model.parameters())]
+
+    pairs = setup.data.train[:5]
+    swapped = [replace(pair, texts=pair.texts[::-1]) for pair in pairs]
+    assert all(pair.texts[0] != pair.texts[1] for pair in pairs)
+    assert all(map(torch.equal, results(pairs), results(swapped)))
 
 
 def assert_same_run(out: Path, whole: Path) -> None:
@@ -327,6 +405,45 @@ def test_row29_an_interrupted_run_goes_on_to_the_same_bits(
     assert_same_run(config.out, whole)
     logged = {row["step"]: row for row in log_of(config.out) if "loss" in row}
     assert all(logged[row["step"]] == row for row in log_of(whole) if "loss" in row)
+
+
+@pytest.mark.parametrize(
+    ("module", "folder", "call"),
+    [(pretrained_files, "model", 1), (checkpoint, "step-00000012", 2)],
+    ids=["best-model", "checkpoint"],
+)
+def test_row29_a_full_disk_stops_the_run_and_loses_nothing(
+    settings, whole, monkeypatch, module, folder, call
+):
+    """In the first epoch's model, and in the second epoch's checkpoint, when its model is there."""
+    config, original = settings(), module.save_file
+
+    def full(tensors, path, *args, **kwargs):
+        if folder in str(path):
+            raise SafetensorError("No space left on device (os error 28)")
+        original(tensors, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", full)
+        with pytest.raises(OSError, match=f"{folder}.* could not be written, .*No space left"):
+            finetune.main(config)
+    finetune.main(config)
+    assert_same_run(config.out, whole)
+
+
+def test_row28_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(settings, whole, capsys):
+    config = settings(keep=2)
+    finetune.main(config)
+    newest = config.out / "checkpoints" / "step-00000018"
+    with (newest / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    (config.out / "result.json").unlink()
+    capsys.readouterr()
+    finetune.main(settings(keep=1))
+    printed = capsys.readouterr().out
+    assert f"refused: {newest / 'model.safetensors'}: not as it was written" in printed
+    assert "resumed from step 12" in printed
+    assert_same_run(config.out, whole)
 
 
 def test_a_finished_run_says_so_and_another_configuration_is_refused(settings, whole, capsys):
@@ -428,6 +545,21 @@ def test_row30_updates_that_are_not_finite_stop_the_run(settings, monkeypatch):
     monkeypatch.setattr(finetune, "micro_losses", bad)
     with pytest.raises(FloatingPointError, match=r"updates 0 to 5 skipped.*: 6 in a row"):
         finetune.main(settings(max_skipped=3))
+
+
+def test_row30_an_update_that_is_not_finite_is_skipped_and_counted(settings, monkeypatch):
+    def bad(*args):
+        factor = torch.nan if next(calls) == 3 else 1.0
+        for loss in original(*args):
+            yield loss * factor
+
+    original, calls, config = finetune.micro_losses, iter(range(99)), settings()
+    monkeypatch.setattr(finetune, "micro_losses", bad)
+    finetune.main(config)
+    skipped = {row["step"]: row["skipped"] for row in log_of(config.out) if "loss" in row}
+    assert (skipped[0], skipped[5], skipped[17]) == (0, 1, 1)
+    weights = load_file(config.out / "checkpoints" / "step-00000018" / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_a_custom_task_takes_no_data_dir(settings):

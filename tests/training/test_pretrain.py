@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from gpt1_kernels import GPT1LMHeadModel
 from training.run import usable
+from training.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = {"tokens_per_second", "flop_utilisation"}
@@ -99,10 +100,12 @@ def test_two_runs_of_a_seed_are_equal_to_the_bit(runs, folder):
 def test_the_model_opens_here_and_in_transformers_with_its_tokenizer(runs, folder):
     transformers = pytest.importorskip("transformers")
     ours = GPT1LMHeadModel.from_pretrained(folder / "first" / "model")
-    theirs = transformers.OpenAIGPTLMHeadModel.from_pretrained(folder / "first" / "model").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "first" / "model").eval()
+    assert type(theirs) is transformers.OpenAIGPTLMHeadModel
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "first" / "model")
     text = (folder / "corpus" / "0.txt").read_text()[:200]
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == Tokenizer.open(folder / "first" / "model").encode(text).tolist()
     assert ids.max() < ours.config.vocab_size == 200
     assert tokenizer.decode(ids[0]) == " ".join(text.split())
     with torch.no_grad():

@@ -84,6 +84,20 @@ def test_row29_a_signal_saves_and_the_run_goes_on(
     assert_same_run(tmp_path, whole)
 
 
+def test_row29_an_interrupted_lstm_goes_on_to_the_same_bits(
+    run, whole_lstm, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        interrupt_once(patch, pretrain, "train_step", 4, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(tmp_path, backbone="lstm")
+    run(tmp_path, backbone="lstm")
+    assert "resumed from step 5" in capsys.readouterr().out
+    assert_same_run(tmp_path, whole_lstm)
+    losses = [row["validation_loss"] for row in log_of(tmp_path) if "validation_loss" in row]
+    assert losses[-1] < losses[0] - 0.05
+
+
 def test_a_second_signal_is_not_caught():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
@@ -147,6 +161,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run, whole, tmp_path, capsys
     ("changes", "difference"),
     [
         ({"learning_rate": 0.5}, r"learning_rate 0\.5 \(was 0\.002\)"),
+        ({"backbone": "lstm"}, r"backbone lstm \(was transformer\)"),
         ({"steps": 12, "seed": 1}, r"seed 1 \(was 0\); steps 12 \(was 9\)"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from training.batches import Buckets
-from training.examples import Example, load
+from training.examples import Example, chosen, load
 from training.tasks import LETTERS, TASKS, Custom, custom_task
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -303,6 +303,12 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
         ("sst2", "train.tsv", "a\t1\nb\u00f6\t0\n".encode("latin-1"), r"train.tsv: not UTF-8"),
         ("sst2", "train.tsv", "text\tlabel\nb\t0\n", r"train.tsv:2: no column 'sentence', it has"),
         ("sst2", "train.tsv", "", r"no examples to train on"),
+        ("sst2", "train.tsv", "a\t1\nb\0b\t0\n", r"train.tsv:2: sentence holds NUL bytes, expect"),
+        ("snli", "snli_1.0_train.jsonl", jsonl(nli(gold_label="neutral", sentence1="a\0")),
+         r"train.jsonl:1: sentence1 holds NUL bytes"),
+        ("race", "race.jsonl",
+         jsonl({"article": "a", "question": "b", "options": ["x", "y\0"], "answer": "A"}),
+         r"race.jsonl:1: an answer holds NUL bytes"),
         ("rte", "train.tsv", "index\tsentence1\tlabel\n0\ta\tentailment\n",
          r"train.tsv:2: no column 'sentence2', it has index, sentence1, label"),
         ("rte", "train.tsv", "index\tsentence1\tsentence2\n0\ta\tb\n", r":2: no column 'label'"),
@@ -331,7 +337,7 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
         ("storycloze", "cloze_test_val__spring2016.csv", f"{CLOZE}\n1,a,b\n", r"csv:2: 3 cells"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named_with_file_and_line(tmp_path, task, file, content, message):
+def test_row31_a_mistake_is_named_with_file_and_line(tmp_path, task, file, content, message):
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / file).write_bytes(content)
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\nfine\t1\n")
@@ -382,6 +388,15 @@ def test_subsets_that_are_not_there_are_not_missed(tmp_path):
     assert data.notes == ()
 
 
+@pytest.mark.parametrize(("most", "count"), [(0, 0), (3, 3), (20, 20), (99, 20)])
+def test_the_chosen_examples_are_always_the_same_and_in_order(most, count):
+    examples = list(range(20))
+    found = chosen(examples, most)
+    assert found == chosen(examples, most) == sorted({*found})
+    assert len(found) == count
+    assert (found == examples[:most]) == (most in (0, 20, 99)), "not the first ones"
+
+
 def test_a_folder_without_the_files_says_what_it_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither snli_1.0_train.jsonl nor labels.train"):
         load(TASKS["snli"], tmp_path)
@@ -425,6 +440,38 @@ def test_hugging_face_data_sets(monkeypatch, task, splits, expected):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install datasets"):
         load(TASKS[task], None)
+
+
+GLUE_CARD = """---
+configs:
+- config_name: rte
+  data_files:
+  - {split: train, path: rte/train.jsonl}
+  - {split: validation, path: rte/validation.jsonl}
+  - {split: test, path: rte/test.jsonl}
+dataset_info:
+- config_name: rte
+  features:
+  - {name: sentence1, dtype: string}
+  - {name: sentence2, dtype: string}
+  - name: label
+    dtype: {class_label: {names: {'0': entailment, '1': not_entailment}}}
+---
+"""
+
+
+def test_the_library_of_hugging_face_reads_what_is_called_as_the_data_set_is(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    labels = {"train": 0, "validation": 1, "test": -1}
+    files = {f"rte/{split}.jsonl": jsonl(nli(label=label)) for split, label in labels.items()}
+    written(tmp_path / "nyu-mll" / "glue", {"README.md": GLUE_CARD, **files})
+    data = load(TASKS["rte"], None)
+    texts = ("A man sleeps.", "He rests.")
+    assert [data.train, data.validation, data.test] == [
+        [Example(texts, label=label)] for label in (0, 1, None)
+    ]
 
 
 def test_the_split_of_story_cloze_is_the_released_codes(tmp_path):

@@ -385,6 +385,29 @@ def test_transformers_opens_a_folder_of_either_style(either, tmp_path):
     assert opened("the cats sat")["input_ids"] == either.encode("the cats sat").tolist()
 
 
+def test_openais_two_files_are_written_as_they_were_read(tmp_path):
+    Tokenizer.open(openai_files()).save(tmp_path)
+    ours, theirs = (
+        [json.loads((folder / vocab).read_text(encoding="utf-8")), (folder / merges).read_bytes()]
+        for folder, vocab, merges in (
+            (tmp_path, "vocab.json", "merges.txt"),
+            (OPENAI, "encoder_bpe_40000.json", "vocab_40000.bpe"),
+        )
+    )
+    assert ours == theirs
+
+
+def test_vocabulary_and_merges_alone_are_the_same_tokenizer(either, tmp_path):
+    either.save(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    assert Tokenizer.open(tmp_path, either.style).fingerprint == either.fingerprint
+    theirs = OpenAIGPTTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == either.vocab_size
+    ids = Tokenizer.open(tmp_path, "hf").encode(TEXT).tolist()
+    assert theirs(ftfy.fix_text(TEXT))["input_ids"] == ids
+
+
 def test_an_unknown_style_is_named():
     with pytest.raises(ValueError, match="style: gpt2, expected hf or openai"):
         Tokenizer.train([TEXT], 100, style="gpt2")

@@ -95,17 +95,20 @@ def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     N, C = total.shape
     dx = total.new_empty(total.shape if need_x else 0)
     dtotal = total.new_empty(total.shape if need_total else 0)
-    dw = w.new_zeros(C if need_w else 0)
-    db = w.new_zeros(C if need_b else 0)
-    dx_bias = w.new_zeros(C if need_x_bias else 0, dtype=torch.float32)
-    if total.numel() > 0:
-        dtype = DTYPE_CODES[total.dtype]
-        blocks = query("layer_norm_bwd_blocks", total, dtype, N, C)
-        partials = dy.new_empty(sum(needs[2:]), blocks, -(-C // 4) * 4, dtype=torch.float32)
-        launch(
-            "layer_norm_bwd", total, dtype,
-            view(dy), view(total), typed_view(w), view(mean), view(rstd), view(seed),
-            view(dtotal), view(dx), view(partials), *map(typed_view, (dw, db, dx_bias)),
-            N, C, total.stride(0), threshold(dropout_p), keep_scale(dropout_p), row_offset,
-        )  # fmt: skip
-    return dx, dtotal, dw, db, dx_bias
+    sums = (
+        w.new_empty(C if need_w else 0),
+        w.new_empty(C if need_b else 0),
+        w.new_empty(C if need_x_bias else 0, dtype=torch.float32),
+    )
+    if total.numel() == 0:
+        return dx, dtotal, *(s.zero_() for s in sums)
+    dtype = DTYPE_CODES[total.dtype]
+    blocks = query("layer_norm_bwd_blocks", total, dtype, N, C)
+    partials = dy.new_empty(sum(needs[2:]), blocks, -(-C // 4) * 4, dtype=torch.float32)
+    launch(
+        "layer_norm_bwd", total, dtype,
+        view(dy), view(total), typed_view(w), view(mean), view(rstd), view(seed),
+        view(dtotal), view(dx), view(partials), *map(typed_view, sums),
+        N, C, total.stride(0), threshold(dropout_p), keep_scale(dropout_p), row_offset,
+    )  # fmt: skip
+    return dx, dtotal, *sums

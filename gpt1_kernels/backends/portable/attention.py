@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.portable.dropout import unpack
-from gpt1_kernels.rng import keep_scale
+from gpt1_kernels.backends.portable.dropout import multiplier, unpack
 
 QUERIES_PER_BLOCK = 128
 WORKSPACE_ELEMENTS = 2**24  # of one block of scores
@@ -35,7 +34,7 @@ def causal_attention_fwd(
             p.masked_fill_(unseeing[..., None], 0)
             lse[:, :, rows].masked_fill_(unseeing, -torch.inf)
         if keep_bits is not None:
-            p *= unpack(keep_bits[:, :, rows], keys) * keep_scale(dropout_p)
+            p *= multiplier(unpack(keep_bits[:, :, rows], keys), dropout_p)
         out[:, :, rows] = p.to(v.dtype) @ v[:, :, :keys]
     return out.transpose(1, 2).contiguous(), lse
 
@@ -62,7 +61,7 @@ def causal_attention_bwd(
             p.masked_fill_(_unseeing(rows, keys, first_key)[..., None], 0)
         dp, z = (dout[:, :, rows] @ v[:, :, :keys].mT).float(), p
         if keep_bits is not None:
-            kept = unpack(keep_bits[:, :, rows], keys) * keep_scale(dropout_p)
+            kept = multiplier(unpack(keep_bits[:, :, rows], keys), dropout_p)
             dp *= kept
             z = kept.mul_(p)
         dv[:, :, :keys] += z.to(v.dtype).mT @ dout[:, :, rows]

@@ -42,6 +42,12 @@ def dropout_mask(
     return bits.view(batch, heads, queries, words)
 
 
+def multiplier(keep: Tensor, p: float) -> Tensor:
+    """bool → fp32, the scale where an element is kept, else 0."""
+    # ATen converts bytes several times as fast as bools.
+    return keep.view(torch.uint8).float().mul_(rng.keep_scale(p))
+
+
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float, row_offset: int) -> Tensor:
     """bool (rows, columns), True keeps."""
     return _keep(seed, torch.arange(row_offset, row_offset + rows), columns, p)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding as rows_of
 
-from gpt1_kernels.backends.portable.dropout import keep_mask
+from gpt1_kernels.backends.portable.dropout import keep_mask, multiplier
 from gpt1_kernels.backends.portable.ids import check_ids, nan_where_invalid
-from gpt1_kernels.rng import keep_scale
 
 
 def embedding_fwd(
@@ -84,4 +83,4 @@ def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> T
     """fp32 (B, T, C): the scale where an element is kept, else 0."""
     batch, length, width = shape
     mask = keep_mask(seed, batch * length, width, p, row_offset)
-    return mask.view(shape) * keep_scale(p)
+    return multiplier(mask, p).view(shape)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.portable.dropout import keep_mask
-from gpt1_kernels.rng import keep_scale
+from gpt1_kernels.backends.portable.dropout import keep_mask, multiplier
 
 
 def layer_norm_fwd(
@@ -51,7 +50,7 @@ def dropout_add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branch = x.float() if x_bias is None else x.float() + x_bias
     if dropout_p > 0.0:
-        branch = branch * _multiplier(seed, x.shape, dropout_p, row_offset)
+        branch = branch * multiplier(keep_mask(seed, *x.shape, dropout_p, row_offset), dropout_p)
     total = (residual + branch).to(x.dtype)
     y, mean, rstd = layer_norm_fwd(total, w, b, eps)
     return y, total if save_total else x.new_empty(0), mean, rstd
@@ -73,8 +72,8 @@ def dropout_add_layer_norm_bwd(
     dtotal, dw, db = layer_norm_bwd(dy, total, w, mean, rstd, [need_total, need_w, need_b])
     dx = dtotal
     if dropout_p > 0.0 and (need_x or need_x_bias):
-        multiplier = _multiplier(seed, total.shape, dropout_p, row_offset)
-        dx = (dtotal * multiplier).to(total.dtype)
+        keep = keep_mask(seed, *total.shape, dropout_p, row_offset)
+        dx = (dtotal * multiplier(keep, dropout_p)).to(total.dtype)
     dx_bias = dx.sum(0, dtype=torch.float32) if need_x_bias else w.new_empty(0, dtype=torch.float32)
     shared = need_residual and dropout_p == 0.0
     return (
@@ -84,8 +83,3 @@ def dropout_add_layer_norm_bwd(
         db,
         dx_bias,
     )
-
-
-def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
-    """fp32 (N, C): the scale where an element is kept, else 0."""
-    return keep_mask(seed, *shape, p, row_offset) * keep_scale(p)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gpt1_kernels.backends.portable.ids import check_ids, nan_where_invalid
 
-CHUNK_BYTES = 96 * 2**20  # of logits: few chunks, since each adds to the whole of dW
+CACHE_BYTES = 8 * 2**20  # a chunk of logits that stays in a CPU's cache
+CHUNK_BYTES = 96 * 2**20  # the largest chunk of logits
 BLOCK_ELEMENTS = 2**20  # of a chunk, whose fp32 copy stays in a CPU's cache
 
 
@@ -127,8 +128,12 @@ def _targets_and_weights(
 
 
 def _chunks(h: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows with their logits, each in the memory of the one before."""
-    count = max(1, CHUNK_BYTES // (h.element_size() * w.shape[0]))
+    """Slices of rows with their logits, each in the memory of the one before.
+
+    Chunks fit the cache, unless they are of fewer rows than C: each adds to the whole of dW.
+    """
+    row_bytes = h.element_size() * w.shape[0]
+    count = max(1, min(CHUNK_BYTES, max(CACHE_BYTES, h.shape[1] * row_bytes)) // row_bytes)
     buffer = h.new_empty(min(count, h.shape[0]), w.shape[0])
     for start in range(0, h.shape[0], count):
         rows = slice(start, min(start + count, h.shape[0]))

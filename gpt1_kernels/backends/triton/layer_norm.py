@@ -245,22 +245,25 @@ def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     N, C = total.shape
     dx = total.new_empty(total.shape if need_x else 0)
     dtotal = total.new_empty(total.shape if need_total else 0)
-    dw = w.new_zeros(C if need_w else 0)
-    db = w.new_zeros(C if need_b else 0)
-    dx_bias = w.new_zeros(C if need_x_bias else 0, dtype=torch.float32)
-    if N > 0:
-        tiles = row_tiles(C, elements_per_thread=8)
-        programs = resident_programs(triton.cdiv(N, tiles.BLOCK_N), 8, dy.device)
-        sums = [s for s, need in zip((dw, db, dx_bias), needs[2:], strict=True) if need]
-        partials = dy.new_empty(len(sums), programs, C, dtype=torch.float32)
-        of_sum = iter(partials)
-        launch(
-            layer_norm_bwd_kernel, (programs,), tiles,
-            dy, total, w, mean, rstd, seed,
-            dtotal if need_total else None, dx if need_x else None,
-            *(next(of_sum) if need else None for need in needs[2:]),
-            N, total.stride(0), threshold(dropout_p), keep_scale(dropout_p), row_offset, C=C,
-        )  # fmt: skip
-        if sums:
-            sum_partials(partials, sums)
-    return dx, dtotal, dw, db, dx_bias
+    sums = (
+        w.new_empty(C if need_w else 0),
+        w.new_empty(C if need_b else 0),
+        w.new_empty(C if need_x_bias else 0, dtype=torch.float32),
+    )
+    if N == 0:
+        return dx, dtotal, *(s.zero_() for s in sums)
+    tiles = row_tiles(C, elements_per_thread=8)
+    programs = resident_programs(triton.cdiv(N, tiles.BLOCK_N), 8, dy.device)
+    needed = [s for s, need in zip(sums, needs[2:], strict=True) if need]
+    partials = dy.new_empty(len(needed), programs, C, dtype=torch.float32)
+    of_sum = iter(partials)
+    launch(
+        layer_norm_bwd_kernel, (programs,), tiles,
+        dy, total, w, mean, rstd, seed,
+        dtotal if need_total else None, dx if need_x else None,
+        *(next(of_sum) if need else None for need in needs[2:]),
+        N, total.stride(0), threshold(dropout_p), keep_scale(dropout_p), row_offset, C=C,
+    )  # fmt: skip
+    if needed:
+        sum_partials(partials, needed)
+    return dx, dtotal, *sums

@@ -1,0 +1,136 @@
+"""Compares whole models and updates of them: right first, then timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.roofline import model_flops
+from benchmarks.timing import Timing, peak_memory, samples
+from benchmarks.train_step import SIDES, Side, bare_products, config, loss_and_gradients, make_calls
+from gpt1_kernels import GPT1Config, GPT1LMHeadModel, reference
+
+PASSES = ("forward", "model", "step")
+PRODUCTS = "bare products"
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-3}
+GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+"""Of the vector of all gradients."""
+
+
+@dataclass(frozen=True, eq=False)
+class Size:
+    """A model and its batch."""
+
+    name: str
+    B: int
+    T: int
+    overrides: dict[str, int] = field(default_factory=dict)
+    """Fields of `GPT1Config` other than the paper's."""
+
+    def config(self, dropout: float) -> GPT1Config:
+        return config(dropout, **self.overrides)
+
+    def draw(self, device: str) -> Tensor:
+        return torch.randint(self.config(0.0).vocab_size, (self.B, self.T), device=device)
+
+
+GPT1 = Size("gpt1", B=64, T=512)
+GPT1_ON_CPU = Size("gpt1", B=2, T=512)
+SMALL = Size(
+    "small", B=2, T=128, overrides={"vocab_size": 4096, "n_embd": 256, "n_layer": 2, "n_head": 4}
+)
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """A side in one pass."""
+
+    implementation: str
+    kind: str
+    """"ours", "peer" or "yardstick"."""
+    seconds: tuple[float, ...]
+    """Of each round."""
+    tokens: int
+    flops: int
+    """That the model needs, whatever a side does."""
+    peak_bytes: int | None
+
+    @property
+    def timing(self) -> Timing:
+        return Timing.of(self.seconds)
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    results: dict[str, list[ModelResult]]
+    """By pass."""
+    problems: dict[str, Exception]
+    """Of the sides that raised, or were wrong: they are not timed."""
+
+
+def compare_models(
+    size: Size, dtype: str, dropout: float, device: str, passes: tuple[str, ...], rounds: int
+) -> ModelComparison:
+    """Checks every side of `train_step.SIDES`, and times those that are right."""
+    torch.compiler.reset()
+    input_ids, full = size.draw(device), size.config(dropout)
+    calls, problems = {}, {}
+    for name, side in SIDES.items():
+        try:
+            check(side, size.config(0.0), dtype, input_ids[:2])
+            calls[name] = make_calls(side, full, dtype, input_ids)
+        except Exception as problem:  # a peer may raise anything; the others are timed all the same
+            problems[name] = problem
+    products = bare_products(full, dtype, input_ids)
+    tokens = input_ids.numel()
+    flops = model_flops(tokens, size.T, full.n_embd, full.vocab_size, full.n_layer)
+    results = {}
+    for each in passes:
+        functions = {name: call[each] for name, call in calls.items()}
+        if each == "step":
+            functions[PRODUCTS] = products
+        seconds = samples(functions, device, rounds)
+        results[each] = [
+            ModelResult(
+                name, _kind(name), tuple(seconds[name]), tokens,
+                flops // 3 if each == "forward" else flops, peak_memory(function, device),
+            )
+            for name, function in functions.items()
+        ]  # fmt: skip
+    return ModelComparison(results, problems)
+
+
+def check(side: Side, config: GPT1Config, dtype: str, input_ids: Tensor) -> None:
+    """Holds a side's loss and gradients to the fp64 reference.
+
+    Raises:
+        AssertionError: they differ by more than the tolerances above.
+    """
+    loss, gradients = loss_and_gradients(side, config, dtype, input_ids)
+    expected_loss, expected = _oracle(config, input_ids)
+    relative = abs(loss.double() - expected_loss) / expected_loss
+    assert relative <= LOSS_TOLERANCE[dtype], f"the loss differs by {relative:.2g}"
+    assert gradients.keys() == expected.keys(), f"gradients of {gradients.keys()}"
+    difference = sum((gradients[n].double() - g).square().sum() for n, g in expected.items())
+    relative = (difference / sum(g.square().sum() for g in expected.values())).sqrt()
+    assert relative <= GRADIENT_TOLERANCE[dtype], f"the gradients differ by {relative:.2g}"
+
+
+def _oracle(config: GPT1Config, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(0)  # as in `build`
+    model = GPT1LMHeadModel(config)
+    parameters = {
+        name: p.detach().to(input_ids.device, torch.float64).requires_grad_()
+        for name, p in model.named_parameters()
+    }
+    loss = reference.language_model_loss(
+        {name.removeprefix("transformer."): p for name, p in parameters.items()}, config, input_ids
+    )
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+def _kind(name: str) -> str:
+    return {"gpt1_kernels": "ours", PRODUCTS: "yardstick"}.get(name, "peer")

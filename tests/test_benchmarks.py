@@ -1,0 +1,320 @@
+"""What decides a benchmark's figures: its clock, its floors, its oracle, its arithmetic."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import cases, compare_models, timing, train_step
+from benchmarks.cases import (
+    GPT1,
+    CausalAttention,
+    DropoutAddLayerNorm,
+    DropoutMask,
+    Embedding,
+    GeluFFN,
+    LayerNorm,
+    LinearCrossEntropy,
+)
+from benchmarks.ceilings import Ceilings
+from benchmarks.compare import Result, compare
+from benchmarks.compare_models import ModelResult, Size
+from benchmarks.peers import PEERS, Implementation, implementations
+from benchmarks.roofline import Floor, dropout_bits, model_flops
+from benchmarks.table import aligned, cells, figures, model_figures
+from benchmarks.timing import Timing, measure, samples
+from benchmarks.train_step import Side
+from gpt1_kernels import reference
+
+H200 = Ceilings(bandwidth=4.3e12, rate=790e12)
+TINY = [
+    CausalAttention(B=3, T=20, H=2, D=8, p=0.1),
+    CausalAttention(B=3, T=20, H=2, D=8),
+    DropoutMask(B=3, T=40, H=2),
+    DropoutAddLayerNorm(N=37, C=48, p=0.1),
+    LayerNorm(N=37, C=48),
+    GeluFFN(N=37, C=16, F=64),
+    LinearCrossEntropy(N=37, C=16, V=100),
+    Embedding(B=3, T=9, C=16, V=50, p=0.1),
+]
+
+each_case = pytest.mark.parametrize("case", TINY, ids=str)
+
+
+class Machine:
+    """A host that launches, and a device that does one thing after the other; times in seconds."""
+
+    def __init__(self):
+        self.host = self.device = 0.0
+
+    def launch(self, host: float, device: float) -> None:
+        self.host += host
+        self.device = max(self.host, self.device) + device
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Stands in for `torch.cuda`: what reads the cache takes 20 µs."""
+    machine = Machine()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.reached = max(machine.host, machine.device)
+
+        def query(self):
+            return self.reached <= machine.host
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.reached - self.reached)
+
+    cuda = SimpleNamespace(
+        Event=Event,
+        _sleep=lambda cycles: machine.launch(2e-6, cycles / 2e9),
+        synchronize=machine.wait,
+        get_device_properties=lambda: SimpleNamespace(L2_cache_size=1 << 20),
+    )
+    buffer = SimpleNamespace(amax=lambda: machine.launch(2e-6, 20e-6))
+    buffer.view = lambda dtype: buffer
+    monkeypatch.setattr(timing.torch, "cuda", cuda)
+    monkeypatch.setattr(timing.torch, "zeros", lambda *shape, **kwargs: buffer)
+    return machine
+
+
+@pytest.mark.parametrize("launches", [1, 40, 400])
+def test_launches_do_not_count(machine, launches):
+    """The device has each kernel done before the host can launch the next: only it is timed."""
+
+    def function():
+        for _ in range(launches):
+            machine.launch(10e-6, 2e-6)
+
+    found = measure({"function": function}, "cuda", rounds=5)["function"]
+    assert found.median == pytest.approx(launches * 2e-6)
+    assert found.rounds == 5
+
+
+def test_a_function_that_waits_is_timed_all_the_same(machine):
+    def function():
+        machine.launch(10e-6, 50e-6)
+        machine.wait()
+        machine.launch(10e-6, 50e-6)
+
+    found = measure({"function": function}, "cuda", rounds=3)["function"]
+    assert found.median == pytest.approx(110e-6)  # the second launch is seen
+
+
+def test_rounds_of_functions_alternate():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    found = samples(functions, "cpu", rounds=3)
+    assert "".join(calls) == "abababab"  # the first of each warms up
+    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 3, "b": 3}
+
+
+def test_timing_is_the_median_and_quartiles():
+    assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Timing(median=3.0, low=2.0, high=4.0, rounds=5)
+    assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("case", "microseconds"),
+    [
+        (CausalAttention(B=64, T=512, p=0.1), 50 + 100),
+        (DropoutAddLayerNorm(N=32768, p=0.1), 46.8 + 46.8),
+        (LinearCrossEntropy(N=32768), 7740),
+    ],
+    ids=str,
+)
+def test_floors_are_the_published_ones(case, microseconds):
+    """As worked out by hand for an H200: 4.3 TB/s, 790 TFLOP/s."""
+    floors = case.floors(2, programs=132)
+    both = [floors["both"]] if "both" in floors else [floors["forward"], floors["backward"]]
+    assert 1e6 * sum(map(H200.seconds, both)) == pytest.approx(microseconds, rel=0.03)
+
+
+def test_floor_without_dropout_has_no_bits():
+    with_bits, without = (
+        CausalAttention(B=64, T=512, p=p).floors(2, programs=132) for p in (0.1, 0.0)
+    )
+    bits = dropout_bits(64 * 12 * 512, 512)
+    for direction in ("forward", "backward"):
+        assert with_bits[direction].bytes - without[direction].bytes == bits
+        assert with_bits[direction].flops == without[direction].flops
+
+
+def test_flops_of_a_step():
+    tokens = 64 * 512
+    assert model_flops(tokens, 512, 768, 40478, 12) == pytest.approx(23.74e12, rel=1e-3)
+
+
+@each_case
+def test_oracle_in_parts_is_the_oracle(case, monkeypatch):
+    tensors = cases.draw(case, "cpu", torch.float64)
+    dout = torch.randn(case.out, dtype=torch.float64) if tensors.keys() - {"seed"} else None
+    keep = case.keep(cases.seed("cpu"), 0, case.batch)
+    whole = cases.results(lambda **t: case.reference(keep, **t), tensors, dout)
+    monkeypatch.setattr(cases, "PART", case.intermediate())  # one item of the batch
+    parts = cases.oracle(case, tensors, dout, torch.float64, "cpu")
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value.double(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of SDPA, saying why it raises
+@each_case
+def test_everyone_here_is_right(case):
+    """Our op and PyTorch's; what is compiled is checked where it is timed."""
+    here = [
+        i for i in implementations(case)
+        if i.absence(case.op, "cpu") is None and i.name != "torch.compile"
+    ]  # fmt: skip
+    comparison = compare(case, here, "cpu", torch.float32, rounds=1)
+    assert not comparison.failures
+    without_dropout = {"SDPA flash"} if case.p else set()  # on a CPU
+    assert comparison.problems.keys() <= without_dropout
+    timed = {(r.direction, r.implementation) for r in comparison.results if r.kind != "yardstick"}
+    names = {i.name for i in here} - comparison.problems.keys()
+    assert timed == {(d, name) for d in case.directions for name in names}
+
+
+def test_what_is_wrong_is_not_timed():
+    case = LayerNorm(N=37, C=48)
+    right = Implementation("right", lambda case, x, w, b: reference.layer_norm(x, w, b, 1e-5))
+    calls = {"slightly off": 0, "drops a row": 0, "no gradient of b": 0, "raises": 0}
+
+    def wrong(name, function, **kwargs):
+        def run(case, **tensors):
+            calls[name] += 1
+            return function(right.run(case, **tensors), **tensors)
+
+        return Implementation(name, run, **kwargs)
+
+    comparison = compare(
+        case,
+        [
+            right,
+            wrong("slightly off", lambda y, **_: 1.001 * y),
+            wrong("drops a row", lambda y, **_: torch.cat([y[:-1], 0 * y[-1:]])),
+            wrong("no gradient of b", lambda y, b, **_: y - b + b.detach(), backend="portable"),
+            wrong("raises", lambda y, **_: 1 / 0),
+        ],
+        "cpu", torch.float32, rounds=2,
+    )  # fmt: skip
+    assert comparison.problems.keys() == {"slightly off", "drops a row", "raises"}
+    assert comparison.failures.keys() == {"no gradient of b"}
+    assert {r.implementation for r in comparison.results} == {"right"}
+    assert set(calls.values()) == {1}
+
+
+def test_neither_the_interpreter_nor_the_checked_build_is_timed():
+    for case in TINY:
+        here = [
+            i.backend for i in implementations(case) if i.ours and not i.absence(case.op, "cpu")
+        ]
+        assert set(here) == {"portable"}
+
+
+def test_missing_package_is_named():
+    missing = Implementation("peer", print, on_cpu=True, package="no-such-package")
+    assert missing.absence("layer_norm", "cpu") == "no-such-package is not installed"
+    assert Implementation("peer", print).absence("layer_norm", "cpu") == "needs a GPU"
+    assert {op for op, peers in PEERS.items() if peers} == {c.op for c in GPT1} - {"dropout_mask"}
+
+
+def _result(name, kind, seconds):
+    floors = Floor(3_000_000, 8_000_000), Floor(1_000_000)
+    return Result("case", "both", name, kind, tuple(seconds), floors, peak_bytes=None)
+
+
+def test_figures_of_a_line():
+    machine = Ceilings(bandwidth=1e9, rate=1e9)
+    results = [
+        _result("ours", "ours", [0.02, 0.01, 0.03]),
+        _result("peer", "peer", [0.04]),
+        _result("best peer", "peer", [0.03]),
+        _result("products", "yardstick", [0.001]),
+    ]
+    ours, _, best, products = figures(results, machine)
+    assert ours.seconds == 0.02
+    assert ours.bytes_per_s == pytest.approx(4e6 / 0.02)
+    assert ours.flops_per_s == pytest.approx(8e6 / 0.02)
+    assert ours.share_of_floor == pytest.approx((0.008 + 0.001) / 0.02)  # products, then bytes
+    assert ours.times_best_peer == pytest.approx(1.5)
+    assert best.times_best_peer == 1.0
+    assert products.times_best_peer == pytest.approx(30)
+    assert figures(results[:1], machine)[0].times_best_peer is None
+    large = replace(ours, seconds=12.3456, peak_bytes=2_000_000)
+    assert cells(large) == (
+        "ours", "12,345,600", "15,000-25,000", "0.0004", "0.0002", "45.0%", "1.50", "2",
+    )  # fmt: skip
+
+
+def test_figures_of_a_model():
+    results = [
+        ModelResult(name, kind, (seconds,), tokens=1000, flops=4 * 10**9, peak_bytes=None)
+        for name, kind, seconds in [
+            ("gpt1_kernels", "ours", 2.0), ("transformers", "peer", 8.0),
+            ("transformers, compiled", "peer", 3.0), ("bare products", "yardstick", 1.0),
+        ]
+    ]  # fmt: skip
+    ours, *_ = model_figures(results, rate=10**10)
+    assert ours.tokens_per_s == 500
+    assert ours.flops_per_s == 2e9
+    assert ours.utilisation == pytest.approx(0.2)
+    assert ours.times_best_peer == 1.5
+    assert ours.times_transformers == 4.0
+
+
+def test_columns_are_aligned():
+    assert aligned([("", "µs"), ("portable", "7")]) == ["          µs", "portable   7"]
+
+
+def test_rounds_reach_the_record_of_pytest_benchmark(tmp_path):
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n"
+        "from benchmarks.recorded import clock, record\n"
+        "@pytest.mark.benchmark(timer=clock)\n"
+        "def test_one(benchmark):\n"
+        "    record(benchmark, [0.25, 0.5, 4.0])\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir"]
+    options = [tmp_path, tmp_path, f"--benchmark-json={tmp_path / 'found.json'}"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
+    subprocess.run([*command, *options], check=True, capture_output=True, env=environment)
+    (found,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+    assert found["stats"]["data"] == [0.25, 0.5, 4.0]
+    assert found["stats"]["median"] == 0.5
+
+
+LITTLE = Size("little", 2, 16, {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2})
+
+
+@pytest.mark.parametrize("library", ["gpt1_kernels", "plain PyTorch", "transformers"])
+def test_sides_of_a_step_are_the_same_model(library):
+    if library == "transformers":
+        pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    compare_models.check(Side(library), LITTLE.config(0.0), "fp32", LITTLE.draw("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda loss: 1.001 * loss, "loss"), (lambda loss: loss + (loss - loss.detach()), "gradient")],
+    ids=["loss", "gradients"],
+)
+def test_a_side_that_is_another_model_is_refused(monkeypatch, change, message):
+    loss_of = train_step.loss_of
+    monkeypatch.setattr(train_step, "loss_of", lambda *args: change(loss_of(*args)))
+    with pytest.raises(AssertionError, match=message):
+        compare_models.check(Side("plain PyTorch"), LITTLE.config(0.0), "fp32", LITTLE.draw("cpu"))
