@@ -13,9 +13,9 @@ from benchmarks import cases, ceilings
 from benchmarks.compare import Comparison, compare
 from benchmarks.peers import YARDSTICKS, Implementation, implementations
 from benchmarks.recorded import clock
-from benchmarks.table import HEADER, cells, figures
+from benchmarks.table import HEADER, cells, figures, number
 
-DEVICE, DTYPE, ROUNDS = "cpu", torch.float32, 15
+DEVICE, DTYPE, ROUNDS = "cpu", torch.float32, 11
 CASES = [*cases.SMALL, *cases.SMALL_SWEEP]
 if torch.cuda.is_available():
     DEVICE, DTYPE, ROUNDS = "cuda", torch.bfloat16, 30
@@ -61,9 +61,23 @@ def _left_out():
         yield pytest.param(f"{reason}: {', '.join(names)}", id=reason)
 
 
+def _dtype() -> str:
+    return str(DTYPE).removeprefix("torch.")
+
+
 @cache
 def compared(case: cases.Case) -> Comparison:
     return compare(case, _candidates(case), DEVICE, DTYPE, ROUNDS)
+
+
+def test_ceilings(line):
+    found = ceilings.measured(DEVICE, DTYPE)
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else "this CPU"
+    line(
+        "ceilings, measured: the floors are at these",
+        ("", "copy, TB/s", "product, TFLOP/s"),
+        (f"{machine}, {_dtype()}", number(1e-12 * found.bandwidth), number(1e-12 * found.rate)),
+    )
 
 
 @pytest.mark.parametrize(("case", "direction", "name"), list(_lines()))
@@ -76,9 +90,8 @@ def test_op(recorded, case, direction, name):
     results = [r for r in comparison.results if r.direction == direction]
     at = [r.implementation for r in results].index(name)
     line = figures(results, ceilings.measured(DEVICE, DTYPE))[at]
-    dtype = str(DTYPE).removeprefix("torch.")
     recorded(
-        f"{case}, {dtype}, {direction}", HEADER, cells(line), results[at].seconds, asdict(line)
+        f"{case}, {_dtype()}, {direction}", HEADER, cells(line), results[at].seconds, asdict(line)
     )
 
 

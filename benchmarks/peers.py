@@ -54,7 +54,7 @@ def implementations(case: Case) -> list[Implementation]:
     ours = [_on(backend, OURS[case.op], backend) for backend in BACKENDS]
     if case.op == "causal_attention" and case.p:
         ours += [
-            _on(backend, partial(_attention_of_bits, backend), f"{backend}, bits apart")
+            _on(backend, partial(_attention_of_bits, backend), f"{backend} given bits")
             for backend in BACKENDS
         ]
     return ours + PEERS[case.op]
@@ -279,7 +279,7 @@ PEERS: dict[str, list[Implementation]] = {
     "embedding": _pytorch(eager_embedding),
     "linear_cross_entropy": [
         *_pytorch(eager_linear_cross_entropy),
-        Implementation("torch, chunked", _chunked_linear_cross_entropy, on_cpu=True),
+        Implementation("torch chunked", _chunked_linear_cross_entropy, on_cpu=True),
         Implementation("Liger", _liger_linear_cross_entropy, package="liger-kernel"),
         Implementation("QuACK", _quack_linear_cross_entropy, package="quack-kernels"),
         Implementation("cut-cross-entropy", _cut_cross_entropy, package="cut-cross-entropy"),
@@ -323,5 +323,5 @@ def _bernoulli(case, seed):
 YARDSTICKS: dict[str, tuple[str, Callable[..., dict[str, Callable]]]] = {
     "gelu_ffn": ("bare products", _ffn_products),
     "linear_cross_entropy": ("bare products", _loss_products),
-    "dropout_mask": ("PyTorch's bernoulli, in bytes", _bernoulli),
+    "dropout_mask": ("bernoulli in bytes", _bernoulli),
 }

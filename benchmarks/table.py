@@ -64,7 +64,7 @@ def cells(line: Figures) -> tuple[str, ...]:
         line.implementation,
         number(1e6 * line.seconds),
         f"{number(1e6 * line.low)}-{number(1e6 * line.high)}",
-        number(1e-12 * line.flops_per_s),
+        number(1e-12 * line.flops_per_s) if line.flops_per_s else "",
         number(1e-12 * line.bytes_per_s),
         f"{line.share_of_floor:.1%}",
         _ratio(line.times_best_peer),
@@ -145,9 +145,9 @@ def number(x: float) -> str:
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of text: the first column to the left, the others to the right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """Lines of text: the first column to the left, the others to the right, empty ones left out."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    rows, widths = list(zip(*columns, strict=True)), [max(map(len, c)) for c in columns]
     return [
         "  ".join(
             cell.rjust(width) if i else cell.ljust(width)

@@ -36,8 +36,8 @@ class Side:
 SIDES = {
     "gpt1_kernels": Side("gpt1_kernels"),
     "transformers": Side("transformers"),
-    "transformers, compiled": Side("transformers", compiled=True),
-    "plain PyTorch, compiled": Side("plain PyTorch", compiled=True),
+    "compiled transformers": Side("transformers", compiled=True),
+    "compiled plain PyTorch": Side("plain PyTorch", compiled=True),
 }
 
 

@@ -16,6 +16,7 @@ class ErrorRecord:
     def __init__(self, device: torch.device):
         self.device = device
         self.host = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._values = self.host.numpy()  # the same memory, read at every op call
 
     def note(self, ids: Tensor, valid: Tensor) -> None:
         """Keeps the first of `ids` that is not `valid`, if there is one; does not wait for it.
@@ -29,12 +30,12 @@ class ErrorRecord:
 
     def take(self) -> int | None:
         """The recorded id, which is then forgotten, or None."""
-        if not self.host[0]:
+        if self._values[0] == 0:
             return None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        value = int(self.host[1])
-        self.host.zero_()
+        value = int(self._values[1])
+        self._values[:] = 0
         return value
 
 

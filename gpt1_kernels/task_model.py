@@ -21,7 +21,12 @@ class GPT1TaskModel(_Headed):
 
     Head `sum` adds the states at the extract tokens of an example (one sequence, or the two orders
     of a pair) and maps the sum to num_labels outputs. Head `choice` maps the state of each answer
-    to one score; its folder opens as `GPT1DoubleHeadsModel`, in `transformers` too.
+    to one score.
+
+    The folder of `choice` opens as `GPT1DoubleHeadsModel`, in `transformers` too. That of `sum`
+    opens there as the backbone, `OpenAIGPTModel`, beside which `classifier.weight` (num_labels, C)
+    and `classifier.bias` are the head; `OpenAIGPTForSequenceClassification` would draw a new one,
+    for its `score` has no bias.
 
     Args:
         config: its num_labels outputs, its summary_first_dropout before the linear layer, and the

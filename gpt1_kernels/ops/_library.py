@@ -58,6 +58,11 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors]
 
 
+def where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients, None for those that nobody needs."""
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
 def last_contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself if its last axis is contiguous, else a contiguous copy."""
     if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
@@ -102,6 +107,8 @@ def check_weight(op: str, name: str, tensor: Tensor, like: Tensor, shape) -> Non
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """Raises ValueError unless the shape fits; a string stands for any size and names the axis."""
+    if tensor.shape == expected:
+        return
     fits = tensor.dim() == len(expected) and all(
         isinstance(e, str) or n == e for n, e in zip(tensor.shape, expected, strict=True)
     )

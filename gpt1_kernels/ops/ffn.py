@@ -22,12 +22,13 @@ from gpt1_kernels.ops._library import (
     last_contiguous,
     matrix,
     once,
+    where_needed,
 )
 
 
 def _fake_fwd(x, w_fc, b_fc, w_proj, b_proj, save_pre, backend):
-    pre = x.new_empty([x.shape[0], w_fc.shape[1]] if save_pre else [0])
-    return x.new_empty([x.shape[0], w_proj.shape[1]]), pre
+    pre = x.new_empty([x.shape[:-1].numel(), w_fc.shape[1]] if save_pre else [0])
+    return x.new_empty([*x.shape[:-1], w_proj.shape[1]]), pre
 
 
 def _fake_bwd(dy, x, pre, w_fc, w_proj, needs, backend):
@@ -59,6 +60,8 @@ class _GeluFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, backend):
         save_pre = any(ctx.needs_input_grad)
+        x, b_fc, b_proj = map(last_contiguous, (x, b_fc, b_proj))
+        w_fc, w_proj = matrix(w_fc), matrix(w_proj)
         y, pre = _gelu_ffn_fwd(x, w_fc, b_fc, w_proj, b_proj, save_pre, backend)
         ctx.save_for_backward(x, pre, w_fc, w_proj)
         ctx.backend = backend
@@ -69,7 +72,7 @@ class _GeluFFN(torch.autograd.Function):
         once("gelu_ffn")
         needs = ctx.needs_input_grad[:5]
         grads = _gelu_ffn_bwd(dy.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+        return *where_needed(grads, needs), None
 
 
 def gelu_ffn(
@@ -100,9 +103,4 @@ def gelu_ffn(
     check_parameter(op, "b_fc", b_fc, x, w_fc.shape[1:])
     check_weight(op, "w_proj", w_proj, x, (w_fc.shape[1], "C"))
     check_parameter(op, "b_proj", b_proj, x, w_proj.shape[1:])
-    rows = last_contiguous(x.reshape(-1, x.shape[-1]))
-    backend = resolve(op, x)
-    y = _GeluFFN.apply(
-        rows, matrix(w_fc), last_contiguous(b_fc), matrix(w_proj), last_contiguous(b_proj), backend
-    )
-    return y.view(*x.shape[:-1], w_proj.shape[1])
+    return _GeluFFN.apply(x, w_fc, b_fc, w_proj, b_proj, resolve(op, x))

@@ -26,11 +26,12 @@ from gpt1_kernels.ops._library import (
     define,
     last_contiguous,
     once,
+    where_needed,
 )
 
 
 def _fake_layer_norm_fwd(x, w, b, eps, backend):
-    stat = x.new_empty(x.shape[0], dtype=torch.float32)
+    stat = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
     return x.new_empty(x.shape), stat, torch.empty_like(stat)
 
 
@@ -45,7 +46,7 @@ def _fake_layer_norm_bwd(dy, x, w, mean, rstd, needs, backend):
 def _fake_dropout_add_layer_norm_fwd(
     x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_total, backend
 ):
-    stat = x.new_empty(x.shape[0], dtype=torch.float32)
+    stat = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
     total = x.new_empty(x.shape if save_total else [0])
     return x.new_empty(x.shape), total, stat, torch.empty_like(stat)
 
@@ -95,6 +96,7 @@ _dropout_add_layer_norm_bwd = define(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, eps, backend):
+        x, w, b = map(last_contiguous, (x, w, b))
         y, mean, rstd = _layer_norm_fwd(x, w, b, eps, backend)
         ctx.save_for_backward(x, w, mean, rstd)
         ctx.backend = backend
@@ -105,12 +107,13 @@ class _LayerNorm(torch.autograd.Function):
         once("layer_norm")
         needs = ctx.needs_input_grad[:3]
         grads = _layer_norm_bwd(dy.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+        return *where_needed(grads, needs), None, None
 
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, backend):
+        x, residual, w, b, x_bias, seed = map(last_contiguous, (x, residual, w, b, x_bias, seed))
         y, total, mean, rstd = _dropout_add_layer_norm_fwd(
             x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset,
             any(ctx.needs_input_grad), backend,
@@ -124,13 +127,12 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         once("dropout_add_layer_norm")
         dropout_p, row_offset, backend = ctx.config
         needs = ctx.needs_input_grad[:5]
-        dx, dresidual, dw, db, dx_bias = _dropout_add_layer_norm_bwd(
+        dx, dresidual, *sums = _dropout_add_layer_norm_bwd(
             dy.contiguous(), *ctx.saved_tensors, dropout_p, row_offset, needs, backend
         )
         if needs[0] and needs[1] and dropout_p == 0.0:
             dx = dresidual
-        grads = (dx, dresidual, dw, db, dx_bias)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 5
+        return *where_needed((dx, dresidual, *sums), needs), *[None] * 5
 
 
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
@@ -150,10 +152,7 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
     (x,) = autocast(x)
     check_activation("layer_norm", "x", x)
     _check_parameters("layer_norm", x, w, b)
-    backend = resolve("layer_norm", x, width=x.shape[-1])
-    rows = last_contiguous(x.reshape(-1, x.shape[-1]))
-    y = _LayerNorm.apply(rows, last_contiguous(w), last_contiguous(b), eps, backend)
-    return y.view(x.shape)
+    return _LayerNorm.apply(x, w, b, eps, resolve("layer_norm", x, width=x.shape[-1]))
 
 
 def dropout_add_layer_norm(
@@ -193,15 +192,11 @@ def dropout_add_layer_norm(
     check_device(op, "residual", residual, x)
     _check_parameters(op, x, w, b)
     check_parameter(op, "x_bias", x_bias, x, x.shape[-1:])
-    rows = last_contiguous(x.reshape(-1, x.shape[-1]))
-    check_dropout(op, dropout_p, seed, row_offset + rows.shape[0], x)
-    backend = resolve(op, x, width=x.shape[-1])
-    y = _DropoutAddLayerNorm.apply(
-        rows, last_contiguous(residual.reshape(rows.shape)),
-        *map(last_contiguous, (w, b, x_bias, seed if dropout_p > 0.0 else None)),
-        eps, dropout_p, row_offset, backend,
+    check_dropout(op, dropout_p, seed, row_offset + x.shape[:-1].numel(), x)
+    return _DropoutAddLayerNorm.apply(
+        x, residual, w, b, x_bias, seed if dropout_p > 0.0 else None,
+        eps, dropout_p, row_offset, resolve(op, x, width=x.shape[-1]),
     )  # fmt: skip
-    return y.view(x.shape)
 
 
 def _check_parameters(op: str, x: Tensor, w: Tensor, b: Tensor) -> None:

@@ -247,9 +247,10 @@ def test_the_verdict_asks_whether_the_interval_excludes_the_baseline(values, ver
     assert found.interval == pytest.approx((np.mean(values) - half, np.mean(values) + half))
 
 
-@pytest.mark.parametrize("value", [1 / 3, 0.509174311926605, 0.1, 0.7, 0.331])
-@pytest.mark.parametrize("seeds", [2, 3, 5, 7])
+@pytest.mark.parametrize("value", [33 / 277, 57 / 277, 444 / 872])
+@pytest.mark.parametrize("seeds", [2, 3, 12])
 def test_equal_scores_are_no_difference_to_themselves(value, seeds):
+    """The mean of 12 equal numbers may be rounded further away than their interval reaches."""
     made = [{"validation": {"f1": value}, "training": {"f1": 1}, "baseline": {"f1": value}}] * seeds
     assert compare("rte", "f1", {}, {"full": made}).validation["full"].verdict == "no difference"
 

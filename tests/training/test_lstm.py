@@ -96,7 +96,7 @@ def test_micro_batches_draw_the_bits_of_the_whole_batch():
 @pytest.mark.parametrize("name", ["language_model", "task_model", "bare"])
 def test_a_folder_opens_as_what_was_saved(tmp_path, name):
     cls = getattr(lstm.BACKBONES["lstm"], name)
-    model = randomised(cls(config()))
+    model = randomised(cls(config(extra={HEAD_KEY: "choice"})))
     model.save_pretrained(tmp_path)
     opened = getattr(lstm.backbone_at(tmp_path), name).from_pretrained(tmp_path)
     assert type(opened) is cls

@@ -108,6 +108,27 @@ def follow_released_rule(optimizer: torch.optim.AdamW, t: int) -> None:
             group["weight_decay"] = DECAY * rate_correction(t)
 
 
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (lambda optimizer, t: None, 1 - 1e-3 - 1e-5),
+        (follow_released_rule, 1 - 1e-3 * (1 - 10**-6.5) - 10**-5.5),
+    ],
+    ids=["adamw", "released"],
+)
+def test_the_first_update_by_hand(rule, expected):
+    """Weight 1, gradient 1, rate 1e-3: √(1 − b2) / (1 − b1) is 10^−0.5, and so much less decays.
+
+    eps, 1e-8, is added to √v, 10^−1.5, which makes the step smaller by a share of 10^−6.5.
+    """
+    module = torch.nn.ParameterList([torch.ones(1, 1, dtype=torch.float64)])
+    optimizer = make_optimizer(module, 1e-3, DECAY)
+    rule(optimizer, 1)
+    module[0].grad = torch.ones(1, 1, dtype=torch.float64)
+    optimizer.step()
+    assert module[0].item() == pytest.approx(expected, rel=0, abs=2e-11)
+
+
 def test_adamw_equals_the_released_rule_with_its_decay_and_eps_set_at_each_update():
     """The released rule decays by the corrected rate and adds eps before v is corrected.
 

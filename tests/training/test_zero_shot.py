@@ -63,6 +63,30 @@ def test_mean_log_probabilities_against_plain_pytorch(batch_size):
         assert value == pytest.approx(np.mean(scores) if scores else 0, rel=1e-5)
 
 
+def test_lm_eval_gives_a_saved_model_the_same_log_probabilities(tmp_path):
+    """With <unk> for the token that starts a text: GPT-1 has none, and lm-eval asks for one."""
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    texts = [("the snow fell all day", " by night"), ("by night", " the snow"), ("it", " fell")]
+    tokenizer = Tokenizer.train([" ".join(map("".join, texts))], 60, at_most=True)
+    model = randomised(GPT1LMHeadModel(config(vocab_size=tokenizer.vocab_size))).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    theirs = harness.HFLM(pretrained=str(tmp_path), prefix_token_id=0, device=DEVICE, batch_size=2)
+    assert theirs.max_length == model.config.n_positions
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)]
+    sums = [total for total, _ in theirs.loglikelihood(asked, disable_tqdm=True)]
+
+    parts = [[tokenizer.encode(part).tolist() for part in pair] for pair in texts]
+    sequences = [Scored(before + after, len(before)) for before, after in parts]
+    with use_backend("portable"):
+        means = mean_log_probabilities(model, sequences, 2, DEVICE)
+    assert [mean * len(after) for mean, (_, after) in zip(means, parts, strict=True)] == (
+        pytest.approx(sums, rel=1e-5)
+    )
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_threshold_is_the_best_of_all(seed):
     rng = np.random.default_rng(seed)

@@ -20,6 +20,7 @@ from gpt1_kernels.backends.cuda.matmul import (
     operand,
     padded,
 )
+from gpt1_kernels.backends.rows import as_matrix
 
 __all__ = ["DTYPES", "gelu_ffn_bwd", "gelu_ffn_fwd"]
 
@@ -28,23 +29,24 @@ SUMMED_ROWS = 64
 
 
 def gelu_ffn_fwd(
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
     w_fc: Tensor,  # (C, F)
     b_fc: Tensor,  # (F,)
     w_proj: Tensor,  # (F, C')
     b_proj: Tensor | None,  # (C',)
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
+    shape, x = x.shape[:-1], as_matrix(x)
     N, (F, C_out) = len(x), w_proj.shape
     if _needs_padding(w_fc, w_proj):
         weights = map(padded, (w_fc, b_fc, w_proj, b_proj))
         y, pre = gelu_ffn_fwd(padded(x)[:N], *weights, save_pre)
-        return _first(y, N, C_out), _first(pre, N, F)
+        return _first(y, N, C_out).view(*shape, C_out), _first(pre, N, F)
 
     x = aligned(x)
     hidden = x.new_empty(N, F)
-    pre = x.new_empty(hidden.shape if save_pre else 0)
-    y = x.new_empty(N, C_out)
+    pre = torch.empty_like(hidden) if save_pre else x.new_empty(0)
+    y = x.new_empty(*shape, C_out)
     if N > 0:
         b, b_transposed = operand(w_fc)
         bias = aligned(b_fc[None])[0]
@@ -52,29 +54,33 @@ def gelu_ffn_fwd(
             "gelu_product", x, DTYPE_CODES[x.dtype],
             matrix(x), matrix(b), b_transposed, typed_view(bias), matrix(hidden), view(pre),
         )  # fmt: skip
-        matmul(hidden, w_proj, y, bias=None if b_proj is None else aligned(b_proj[None])[0])
+        matmul(
+            hidden, w_proj, as_matrix(y), bias=None if b_proj is None else aligned(b_proj[None])[0]
+        )
     return y, pre
 
 
 def gelu_ffn_bwd(
-    dy: Tensor,  # (N, C')
-    x: Tensor,  # (N, C)
+    dy: Tensor,  # (..., C')
+    x: Tensor,  # (..., C)
     pre: Tensor,  # (N, F)
     w_fc: Tensor,  # (C, F)
     w_proj: Tensor,  # (F, C')
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
+    shape, dy, x = x.shape, as_matrix(dy), as_matrix(x)
     N, (C, F), C_out = len(x), w_fc.shape, w_proj.shape[1]
     if _needs_padding(w_fc, w_proj):
         rows = (padded(t)[:N] for t in (dy, x, pre))
         grads = gelu_ffn_bwd(*rows, padded(w_fc), padded(w_proj), needs)
-        shapes = (N, C), (C, F), (F,), (F, C_out), (C_out,)
-        return tuple(_first(g, *shape) for g, shape in zip(grads, shapes, strict=True))
+        sizes = (N, C), (C, F), (F,), (F, C_out), (C_out,)
+        dx, *rest = (_first(g, *size) for g, size in zip(grads, sizes, strict=True))
+        return dx.view(shape) if needs[0] else dx, *rest
 
     dy, x, pre = map(aligned, (dy, x, pre.contiguous()))
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     need_dpre = need_x or need_w_fc
-    dx = x.new_empty(x.shape if need_x else 0)
+    dx = x.new_empty(shape if need_x else 0)
     dw_fc = w_fc.new_empty(w_fc.shape if need_w_fc else 0)
     db_fc = pre.new_empty(F if need_b_fc else 0, dtype=torch.float32)
     dw_proj = w_proj.new_empty(w_proj.shape if need_w_proj else 0)
@@ -103,7 +109,7 @@ def gelu_ffn_bwd(
     if need_w_fc:
         matmul(x.t(), dpre, dw_fc)
     if need_x:
-        matmul(dpre, w_fc.t(), dx)
+        matmul(dpre, w_fc.t(), as_matrix(dx))
     if need_b_proj:
         db_proj = column_sums(dy)
     return dx, dw_fc, db_fc, dw_proj, db_proj

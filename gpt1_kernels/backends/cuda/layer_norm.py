@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, query, typed_view, view
+from gpt1_kernels.backends.rows import by_rows
 from gpt1_kernels.rng import keep_scale, threshold
 
 MAX_SIZES = {"width": 8192}
 
 
 def layer_norm_fwd(
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     b: Tensor,  # (C,)
     eps: float,
@@ -25,8 +26,8 @@ def layer_norm_fwd(
 
 
 def layer_norm_bwd(
-    dy: Tensor,  # (N, C)
-    x: Tensor,  # (N, C)
+    dy: Tensor,  # (..., C)
+    x: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
@@ -40,8 +41,8 @@ def layer_norm_bwd(
 
 
 def dropout_add_layer_norm_fwd(
-    x: Tensor,  # (N, C)
-    residual: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
+    residual: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     b: Tensor,  # (C,)
     x_bias: Tensor | None,  # (C,)
@@ -55,8 +56,8 @@ def dropout_add_layer_norm_fwd(
 
 
 def dropout_add_layer_norm_bwd(
-    dy: Tensor,  # (N, C)
-    total: Tensor,  # (N, C)
+    dy: Tensor,  # (..., C)
+    total: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
@@ -74,17 +75,18 @@ def dropout_add_layer_norm_bwd(
 
 
 def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_total):
-    N, C = x.shape
+    N, C = x.shape[:-1].numel(), x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(y) if save_total else x.new_empty(0)
     mean = x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel() > 0:
+        x, stride_xn = by_rows(x)
+        residual, stride_rn = (None, 0) if residual is None else by_rows(residual)
         launch(
             "layer_norm_fwd", x, DTYPE_CODES[x.dtype],
             view(x), view(residual), typed_view(w), typed_view(b), typed_view(x_bias), view(seed),
-            view(y), view(total), view(mean), view(rstd),
-            N, C, x.stride(0), 0 if residual is None else residual.stride(0),
+            view(y), view(total), view(mean), view(rstd), N, C, stride_xn, stride_rn,
             eps, threshold(dropout_p), keep_scale(dropout_p), row_offset,
         )  # fmt: skip
     return y, total, mean, rstd
@@ -92,9 +94,9 @@ def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_t
 
 def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     need_x, need_total, need_w, need_b, need_x_bias = needs
-    N, C = total.shape
-    dx = total.new_empty(total.shape if need_x else 0)
-    dtotal = total.new_empty(total.shape if need_total else 0)
+    N, C = mean.shape[0], w.shape[0]
+    dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
+    dtotal = torch.empty_like(dy) if need_total else dy.new_empty(0)
     sums = (
         w.new_empty(C if need_w else 0),
         w.new_empty(C if need_b else 0),
@@ -105,10 +107,11 @@ def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     dtype = DTYPE_CODES[total.dtype]
     blocks = query("layer_norm_bwd_blocks", total, dtype, N, C)
     partials = dy.new_empty(sum(needs[2:]), blocks, -(-C // 4) * 4, dtype=torch.float32)
+    total, stride_tn = by_rows(total)
     launch(
         "layer_norm_bwd", total, dtype,
         view(dy), view(total), typed_view(w), view(mean), view(rstd), view(seed),
         view(dtotal), view(dx), view(partials), *map(typed_view, sums),
-        N, C, total.stride(0), threshold(dropout_p), keep_scale(dropout_p), row_offset,
+        N, C, stride_tn, threshold(dropout_p), keep_scale(dropout_p), row_offset,
     )  # fmt: skip
     return dx, dtotal, *sums

@@ -6,27 +6,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from gpt1_kernels.backends.rows import as_matrix
+
 gelu, gelu_backward = torch.ops.aten.gelu, torch.ops.aten.gelu_backward
 
 
 def gelu_ffn_fwd(
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
     w_fc: Tensor,  # (C, F)
     b_fc: Tensor,  # (F,)
     w_proj: Tensor,  # (F, C)
     b_proj: Tensor | None,  # (C,)
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    pre = linear(x, w_fc.t(), b_fc.to(x.dtype))
+    pre = linear(as_matrix(x), w_fc.t(), b_fc.to(x.dtype))
     hidden = gelu(pre, approximate="tanh")
     y = linear(hidden, w_proj.t(), None if b_proj is None else b_proj.to(x.dtype))
-    return y, pre if save_pre else x.new_empty(0)
+    return y.view(*x.shape[:-1], w_proj.shape[1]), pre if save_pre else x.new_empty(0)
 
 
 def gelu_ffn_bwd(
-    dy: Tensor, x: Tensor, pre: Tensor, w_fc: Tensor, w_proj: Tensor, needs: list[bool]
+    dy: Tensor,  # (..., C)
+    x: Tensor,  # (..., C)
+    pre: Tensor,  # (N, F)
+    w_fc: Tensor,
+    w_proj: Tensor,
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
+    shape = x.shape
+    dy, x = as_matrix(dy), as_matrix(x)
     dx = dw_fc = dw_proj = x.new_empty(0)
     db_fc = db_proj = x.new_empty(0, dtype=torch.float32)
     if need_w_proj:
@@ -36,7 +45,7 @@ def gelu_ffn_bwd(
     if need_x or need_w_fc or need_b_fc:
         dpre = gelu_backward(dy @ w_proj.t(), pre, approximate="tanh")
         if need_x:
-            dx = dpre @ w_fc.t()
+            dx = (dpre @ w_fc.t()).view(shape)
         if need_w_fc:
             dw_fc = x.t() @ dpre
         if need_b_fc:

@@ -9,25 +9,31 @@ from gpt1_kernels.backends.portable.dropout import keep_mask, multiplier
 
 
 def layer_norm_fwd(
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     b: Tensor,  # (C,)
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x32 = x.float()
-    mean = x32.mean(1, keepdim=True)
+    mean = x32.mean(-1, keepdim=True)
     # Centred first: ATen multiplies x and its mean by rstd before it subtracts them.
-    y, rest, rstd = torch.native_layer_norm(x32 - mean, x.shape[1:], w.float(), b.float(), eps)
+    y, rest, rstd = torch.native_layer_norm(x32 - mean, w.shape, w.float(), b.float(), eps)
     return y.to(x.dtype), (mean + rest).flatten(), rstd.flatten()
 
 
 def layer_norm_bwd(
-    dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
+    dy: Tensor,  # (..., C)
+    x: Tensor,  # (..., C)
+    w: Tensor,
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    w32, centred = w.float(), x.float() - mean[:, None]
-    zero = torch.zeros_like(mean)[:, None]
+    of_row = *x.shape[:-1], 1
+    w32, centred = w.float(), x.float() - mean.view(of_row)
+    zero = torch.zeros_like(mean).view(of_row)
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        dy.float(), centred, x.shape[1:], zero, rstd[:, None], w32, w32, needs
+        dy.float(), centred, w.shape, zero, rstd.view(of_row), w32, w32, needs
     )
     return (
         dx.to(x.dtype) if needs[0] else x.new_empty(0),
@@ -37,8 +43,8 @@ def layer_norm_bwd(
 
 
 def dropout_add_layer_norm_fwd(
-    x: Tensor,  # (N, C)
-    residual: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
+    residual: Tensor,  # (..., C)
     w: Tensor,
     b: Tensor,
     x_bias: Tensor | None,  # (C,)
@@ -50,18 +56,18 @@ def dropout_add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branch = x.float() if x_bias is None else x.float() + x_bias
     if dropout_p > 0.0:
-        branch = branch * multiplier(keep_mask(seed, *x.shape, dropout_p, row_offset), dropout_p)
+        branch = branch * _multiplier(seed, x.shape, dropout_p, row_offset)
     total = (residual + branch).to(x.dtype)
     y, mean, rstd = layer_norm_fwd(total, w, b, eps)
     return y, total if save_total else x.new_empty(0), mean, rstd
 
 
 def dropout_add_layer_norm_bwd(
-    dy: Tensor,
-    total: Tensor,
+    dy: Tensor,  # (..., C)
+    total: Tensor,  # (..., C)
     w: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
     seed: Tensor | None,
     dropout_p: float,
     row_offset: int,
@@ -72,9 +78,10 @@ def dropout_add_layer_norm_bwd(
     dtotal, dw, db = layer_norm_bwd(dy, total, w, mean, rstd, [need_total, need_w, need_b])
     dx = dtotal
     if dropout_p > 0.0 and (need_x or need_x_bias):
-        keep = keep_mask(seed, *total.shape, dropout_p, row_offset)
-        dx = (dtotal * multiplier(keep, dropout_p)).to(total.dtype)
-    dx_bias = dx.sum(0, dtype=torch.float32) if need_x_bias else w.new_empty(0, dtype=torch.float32)
+        dx = (dtotal * _multiplier(seed, total.shape, dropout_p, row_offset)).to(total.dtype)
+    dx_bias = w.new_empty(0, dtype=torch.float32)
+    if need_x_bias:
+        dx_bias = dx.flatten(0, -2).sum(0, dtype=torch.float32)
     shared = need_residual and dropout_p == 0.0
     return (
         dx if need_x and not shared else total.new_empty(0),
@@ -83,3 +90,9 @@ def dropout_add_layer_norm_bwd(
         db,
         dx_bias,
     )
+
+
+def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
+    """fp32 (..., C): the scale where an element is kept, else 0."""
+    keep = keep_mask(seed, shape[:-1].numel(), shape[-1], p, row_offset)
+    return multiplier(keep, p).view(shape)

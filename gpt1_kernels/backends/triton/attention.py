@@ -22,6 +22,7 @@ from gpt1_kernels.backends.triton.launch import (
     attention_dkdv_tiles,
     attention_dq_tiles,
     attention_fwd_tiles,
+    cdiv,
     launch,
 )
 from gpt1_kernels.rng import keep_scale
@@ -638,7 +639,7 @@ def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
     if q.numel() > 0:
         tiles = attention_fwd_tiles(D, q.itemsize)
         launch(
-            causal_attention_fwd_kernel, (B * H * triton.cdiv(Tq, tiles.BLOCK_M),), tiles,
+            causal_attention_fwd_kernel, (B * H * cdiv(Tq, tiles.BLOCK_M),), tiles,
             q, k, v, keep_bits, first_key, o, lse, *_strides(q, k, v, o),
             scale, keep_scale(dropout_p), H, Tq, k.shape[1], D=D,
         )  # fmt: skip
@@ -654,14 +655,14 @@ def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, drop
         delta = torch.empty_like(lse)
         tiles = attention_dq_tiles(D, q.itemsize)
         launch(
-            causal_attention_bwd_dq_kernel, (B * H * triton.cdiv(Tq, tiles.BLOCK_M),), tiles,
+            causal_attention_bwd_dq_kernel, (B * H * cdiv(Tq, tiles.BLOCK_M),), tiles,
             do, q, k, v, o, lse, keep_bits, first_key, delta, dq, *_strides(q, k, v, o, dq),
             scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
         )  # fmt: skip
     if (dk is not None or dv is not None) and k.numel() > 0:
         tiles = attention_dkdv_tiles(D, q.itemsize)
         launch(
-            causal_attention_bwd_dkdv_kernel, (B * H * triton.cdiv(Tk, tiles.BLOCK_N),), tiles,
+            causal_attention_bwd_dkdv_kernel, (B * H * cdiv(Tk, tiles.BLOCK_N),), tiles,
             do, q, k, v, lse, None if dk is None else delta, keep_bits, first_key, dk, dv,
             *_strides(do, q, k, v, dk, dv), scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
         )  # fmt: skip

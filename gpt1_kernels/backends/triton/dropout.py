@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt1_kernels.backends.triton.launch import BIT_TILES, launch
+from gpt1_kernels.backends.triton.launch import BIT_TILES, cdiv, launch
 from gpt1_kernels.backends.triton.philox import philox_block
 from gpt1_kernels.rng import threshold
 
@@ -60,7 +60,7 @@ def dropout_mask(
 ) -> Tensor:
     """int32 (*shape[:-1], ceil(shape[-1] / 32)), bit 1 keeps."""
     *leading, columns = shape
-    words = triton.cdiv(columns, 32)
+    words = cdiv(columns, 32)
     bits = torch.empty(*leading, words, dtype=torch.int32, device=seed.device)
     if bits.numel() == 0:
         return bits
@@ -70,7 +70,7 @@ def dropout_mask(
     else:
         rows = math.prod(leading)
         last_column = columns - 1
-    tiles = math.prod(leading) // rows * triton.cdiv(rows, BIT_TILES.BLOCK_R)
+    tiles = math.prod(leading) // rows * cdiv(rows, BIT_TILES.BLOCK_R)
     launch(
         dropout_mask_kernel, (tiles,), BIT_TILES,
         bits, seed, row_offset, rows, words, columns, last_column, threshold(p),

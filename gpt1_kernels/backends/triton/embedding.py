@@ -18,6 +18,7 @@ from torch import Tensor
 from gpt1_kernels.backends.portable.ids import check_ids
 from gpt1_kernels.backends.triton.launch import (
     RUN_TILES,
+    cdiv,
     chunk_tiles,
     launch,
     resident_programs,
@@ -251,7 +252,7 @@ def embedding_fwd(
     position_error = _errors(P, position_ids)
     if out.numel() > 0:
         tiles = row_tiles(C, elements_per_thread=16)
-        of_positions = triton.cdiv(T, tiles.BLOCK_N)
+        of_positions = cdiv(T, tiles.BLOCK_N)
         programs = resident_programs(of_positions * B, 8, ids.device)
         launch(
             embedding_fwd_kernel, (of_positions, max(1, programs // of_positions)), tiles,
@@ -307,7 +308,7 @@ def _add_by_id(
     sorted_ids, order = torch.cat([ids.reshape(-1) for ids in read]).sort(stable=True)
     M = len(order)
     tiles = chunk_tiles(C)
-    chunks = triton.cdiv(M, tiles.CHUNK)
+    chunks = cdiv(M, tiles.CHUNK)
     partials = dout.new_empty(chunks, 2, C, dtype=torch.float32)
     launch(
         embedding_bwd_kernel, (chunks,), tiles,
@@ -315,7 +316,7 @@ def _add_by_id(
     )  # fmt: skip
     if chunks > 1:
         launch(
-            embedding_bwd_runs_kernel, (chunks - 1, triton.cdiv(C, RUN_TILES.BLOCK_C)), RUN_TILES,
+            embedding_bwd_runs_kernel, (chunks - 1, cdiv(C, RUN_TILES.BLOCK_C)), RUN_TILES,
             dw, sorted_ids, partials, M, V, C=C, CHUNK=tiles.CHUNK,
         )  # fmt: skip
 

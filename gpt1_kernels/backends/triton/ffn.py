@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt1_kernels.backends.triton.launch import product_tiles
+from gpt1_kernels.backends.rows import as_matrix
+from gpt1_kernels.backends.triton.launch import cdiv, product_tiles
 from gpt1_kernels.backends.triton.matmul import matmul, product, store_product, tile_indices
 from gpt1_kernels.backends.triton.partials import sum_partials, sum_rows
 
@@ -78,24 +79,26 @@ def dgelu_product(acc, first_m, first_n, M, N, stride, tensors):
 
 
 def gelu_ffn_fwd(
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
     w_fc: Tensor,  # (C, F)
     b_fc: Tensor,  # (F,)
     w_proj: Tensor,  # (F, C')
     b_proj: Tensor | None,  # (C',)
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    hidden = x.new_empty(x.shape[0], w_fc.shape[1])
-    pre = x.new_empty(hidden.shape if save_pre else 0)
-    y = x.new_empty(x.shape[0], w_proj.shape[1])
+    shape, x = x.shape[:-1], as_matrix(x)
+    N, F = x.shape[0], w_fc.shape[1]
+    hidden = x.new_empty(N, F)
+    pre = torch.empty_like(hidden) if save_pre else x.new_empty(0)
+    y = x.new_empty(*shape, w_proj.shape[1])
     product(x, w_fc, gelu_product, (hidden, b_fc, pre if save_pre else None))
-    product(hidden, w_proj, store_product, (y, b_proj))
+    product(hidden, w_proj, store_product, (as_matrix(y), b_proj))
     return y, pre
 
 
 def gelu_ffn_bwd(
-    dy: Tensor,  # (N, C')
-    x: Tensor,  # (N, C)
+    dy: Tensor,  # (..., C')
+    x: Tensor,  # (..., C)
     pre: Tensor,  # (N, F)
     w_fc: Tensor,  # (C, F)
     w_proj: Tensor,  # (F, C')
@@ -103,31 +106,33 @@ def gelu_ffn_bwd(
 ) -> tuple[Tensor, ...]:
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     need_dpre = need_x or need_w_fc
+    shape, dy, x = x.shape, as_matrix(dy), as_matrix(x)
     N, F = pre.shape
-    dx = x.new_empty(x.shape if need_x else 0)
-    dw_fc = w_fc.new_empty(w_fc.shape if need_w_fc else 0)
+    dx = x.new_empty(shape if need_x else 0)
+    dw_fc = x.new_empty(w_fc.shape if need_w_fc else 0)
     db_fc = pre.new_empty(F if need_b_fc else 0, dtype=torch.float32)
-    dw_proj = w_proj.new_empty(w_proj.shape if need_w_proj else 0)
+    dw_proj = x.new_empty(w_proj.shape if need_w_proj else 0)
     db_proj = dy.new_empty(dy.shape[1] if need_b_proj else 0, dtype=torch.float32)
     dpre = torch.empty_like(pre) if need_dpre else None
     hidden = torch.empty_like(pre) if need_w_proj else None
     partial_db = None
     if need_b_fc:
-        row_tiles = triton.cdiv(N, product_tiles(pre.dtype, pre.device).BLOCK_M)
-        partial_db = pre.new_empty(row_tiles, F, dtype=torch.float32)
+        row_tiles = cdiv(N, product_tiles(pre.dtype, pre.device).BLOCK_M)
+        partial_db = pre.new_empty(1, row_tiles, F, dtype=torch.float32)
 
     if need_dpre or need_b_fc or need_w_proj:
-        # Where only gelu(u) is needed, a product without terms leaves just the epilogue.
-        C = dy.shape[1] if need_dpre or need_b_fc else 0
-        product(dy[:, :C], w_proj[:, :C].t(), dgelu_product, (pre, dpre, hidden, partial_db))
+        a, b = dy, w_proj.t()
+        if not (need_dpre or need_b_fc):  # only gelu(u): a product without terms, and its epilogue
+            a, b = a[:, :0], b[:0]
+        product(a, b, dgelu_product, (pre, dpre, hidden, partial_db))
     if need_b_fc:
-        sum_partials(partial_db[None], [db_fc])
+        sum_partials(partial_db, [db_fc])
     if need_w_proj:
         matmul(hidden.t(), dy, dw_proj)
     if need_w_fc:
         matmul(x.t(), dpre, dw_fc)
     if need_x:
-        matmul(dpre, w_fc.t(), dx)
+        matmul(dpre, w_fc.t(), as_matrix(dx))
     if need_b_proj:
         sum_rows(dy, db_proj)
     return dx, dw_fc, db_fc, dw_proj, db_proj

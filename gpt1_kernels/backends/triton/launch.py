@@ -19,6 +19,8 @@ from torch import Tensor
 from gpt1_kernels.backends import count_launch
 from gpt1_kernels.backends.logits import CHUNK_BYTES, padded_vocabulary
 
+_AS_IT_IS = nullcontext()
+
 INTERPRETED_PROCESSORS = 2
 SMALLEST_SHARED_MEMORY = 99 * 1024  # of compute capabilities 8.6, 8.9 and 12.0
 
@@ -92,6 +94,11 @@ class ChunkTiles:
     BLOCK_N: int
     BLOCK_C: int
     num_warps: int
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (`triton.cdiv` takes 2 µs on the host.)"""
+    return -(-a // b)
 
 
 @cache
@@ -202,7 +209,7 @@ def split_programs(tiles: int, K: int, config: ProductTiles, device: torch.devic
     waves = tiles / processors(device)
     if K < LONG_SUM or waves >= 0.9 * math.ceil(waves):
         return 0
-    steps = tiles * triton.cdiv(K, config.BLOCK_K)
+    steps = tiles * cdiv(K, config.BLOCK_K)
     return min(processors(device), steps // SHORTEST_SHARE)
 
 
@@ -214,13 +221,13 @@ def chunk_rows(C: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
     """
     tiles = product_tiles(dtype, device)
     row_bytes = padded_vocabulary(V) * dtype.itemsize
-    wave = triton.cdiv(processors(device), triton.cdiv(C, tiles.BLOCK_N)) * tiles.BLOCK_M
+    wave = cdiv(processors(device), cdiv(C, tiles.BLOCK_N)) * tiles.BLOCK_M
     unit = wave if wave * row_bytes <= CHUNK_BYTES else tiles.BLOCK_M
     return max(1, CHUNK_BYTES // (unit * row_bytes)) * unit
 
 
-def reads_in_bulk(x: Tensor) -> bool:
-    """Whether a row-major matrix is read by tensor descriptors rather than by pointers.
+def reads_in_bulk(x: Tensor, columns: int, stride_r: int, stride_c: int) -> bool:
+    """Whether the matrix that x stores row-major is read by tensor descriptors, not by pointers.
 
     They need the bulk copy engine, rows that start at multiples of 16 bytes and do not overlap.
     The fp32 products, bound by arithmetic, do without.
@@ -230,9 +237,9 @@ def reads_in_bulk(x: Tensor) -> bool:
         and x.dtype != torch.float32
         and x.numel() > 0
         and x.data_ptr() % 16 == 0
-        and x.stride(1) == 1
-        and x.stride(0) >= x.shape[1]
-        and x.stride(0) * x.element_size() % 16 == 0
+        and stride_c == 1
+        and stride_r >= columns
+        and stride_r * x.element_size() % 16 == 0
     )
 
 
@@ -278,9 +285,12 @@ def launch(kernel, grid: tuple[int, ...], config, *args, **constants) -> None:
     """
     count_launch("triton", kernel.__name__)
     first = args[0][0] if isinstance(args[0], tuple) else args[0]
-    with _current(first.device):
+    with _current(first.get_device()):
         kernel[grid](*args, **constants, **vars(config))
 
 
-def _current(device: torch.device) -> AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def _current(index: int) -> AbstractContextManager:
+    """Makes a GPU the current one, unless it is; −1 is a CPU."""
+    if index < 0 or index == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(index)

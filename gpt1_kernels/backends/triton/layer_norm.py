@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt1_kernels.backends.triton.launch import launch, resident_programs, row_tiles
+from gpt1_kernels.backends.rows import by_rows
+from gpt1_kernels.backends.triton.launch import cdiv, launch, resident_programs, row_tiles
 from gpt1_kernels.backends.triton.partials import sum_partials
 from gpt1_kernels.backends.triton.philox import keep_mask
 from gpt1_kernels.rng import keep_scale, threshold
@@ -164,7 +165,7 @@ def layer_norm_bwd_kernel(
 
 
 def layer_norm_fwd(
-    x: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     b: Tensor,  # (C,)
     eps: float,
@@ -174,8 +175,8 @@ def layer_norm_fwd(
 
 
 def layer_norm_bwd(
-    dy: Tensor,  # (N, C)
-    x: Tensor,  # (N, C)
+    dy: Tensor,  # (..., C)
+    x: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
@@ -189,8 +190,8 @@ def layer_norm_bwd(
 
 
 def dropout_add_layer_norm_fwd(
-    x: Tensor,  # (N, C)
-    residual: Tensor,  # (N, C)
+    x: Tensor,  # (..., C)
+    residual: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     b: Tensor,  # (C,)
     x_bias: Tensor | None,  # (C,)
@@ -204,8 +205,8 @@ def dropout_add_layer_norm_fwd(
 
 
 def dropout_add_layer_norm_bwd(
-    dy: Tensor,  # (N, C)
-    total: Tensor,  # (N, C)
+    dy: Tensor,  # (..., C)
+    total: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
@@ -223,46 +224,49 @@ def dropout_add_layer_norm_bwd(
 
 
 def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_total):
-    N, C = x.shape
+    N, C = x.shape[:-1].numel(), x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(y) if save_total else x.new_empty(0)
     mean = x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if N > 0:
         tiles = row_tiles(C, elements_per_thread=16)
-        programs = resident_programs(triton.cdiv(N, tiles.BLOCK_N), 8, x.device)
+        programs = resident_programs(cdiv(N, tiles.BLOCK_N), 8, x.device)
+        x, stride_xn = by_rows(x)
+        residual, stride_rn = (None, 0) if residual is None else by_rows(residual)
         launch(
             layer_norm_fwd_kernel, (programs,), tiles,
             x, residual, w, b, x_bias, seed, y, total if save_total else None, mean, rstd,
-            N, x.stride(0), x.stride(0) if residual is None else residual.stride(0),
-            eps, threshold(dropout_p), keep_scale(dropout_p), row_offset, C=C,
+            N, stride_xn, stride_rn, eps, threshold(dropout_p), keep_scale(dropout_p), row_offset,
+            C=C,
         )  # fmt: skip
     return y, total, mean, rstd
 
 
 def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     need_x, need_total, need_w, need_b, need_x_bias = needs
-    N, C = total.shape
-    dx = total.new_empty(total.shape if need_x else 0)
-    dtotal = total.new_empty(total.shape if need_total else 0)
+    N, C = mean.shape[0], w.shape[0]
+    dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
+    dtotal = torch.empty_like(dy) if need_total else dy.new_empty(0)
     sums = (
         w.new_empty(C if need_w else 0),
         w.new_empty(C if need_b else 0),
         w.new_empty(C if need_x_bias else 0, dtype=torch.float32),
     )
-    if N == 0:
+    if total.numel() == 0:
         return dx, dtotal, *(s.zero_() for s in sums)
     tiles = row_tiles(C, elements_per_thread=8)
-    programs = resident_programs(triton.cdiv(N, tiles.BLOCK_N), 8, dy.device)
+    programs = resident_programs(cdiv(N, tiles.BLOCK_N), 8, dy.device)
     needed = [s for s, need in zip(sums, needs[2:], strict=True) if need]
     partials = dy.new_empty(len(needed), programs, C, dtype=torch.float32)
-    of_sum = iter(partials)
+    of_sum = iter(partials.unbind())
+    total, stride_tn = by_rows(total)
     launch(
         layer_norm_bwd_kernel, (programs,), tiles,
         dy, total, w, mean, rstd, seed,
         dtotal if need_total else None, dx if need_x else None,
-        *(next(of_sum) if need else None for need in needs[2:]),
-        N, total.stride(0), threshold(dropout_p), keep_scale(dropout_p), row_offset, C=C,
+        *[next(of_sum) if need else None for need in needs[2:]],
+        N, stride_tn, threshold(dropout_p), keep_scale(dropout_p), row_offset, C=C,
     )  # fmt: skip
     if needed:
         sum_partials(partials, needed)

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from gpt1_kernels.backends.logits import fp16_gain, padded_vocabulary
 from gpt1_kernels.backends.portable.ids import check_ids
-from gpt1_kernels.backends.triton.launch import chunk_rows, launch, row_tiles, vocabulary_tiles
+from gpt1_kernels.backends.triton.launch import (
+    cdiv,
+    chunk_rows,
+    launch,
+    row_tiles,
+    vocabulary_tiles,
+)
 from gpt1_kernels.backends.triton.matmul import matmul, product, tile_indices
 from gpt1_kernels.errors import error_record
 
@@ -233,5 +239,5 @@ def _scale(x: Tensor, scale: Tensor, y: Tensor) -> None:
     """y = scale · x in fp32, both (R, C) and contiguous."""
     R, C = x.shape
     tiles = row_tiles(C, elements_per_thread=16)
-    grid = (triton.cdiv(R, tiles.BLOCK_N),)
+    grid = (cdiv(R, tiles.BLOCK_N),)
     launch(scale_gradients_kernel, grid, tiles, y, x, scale, R, C=C)

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpt1_kernels.backends.triton.launch import (
+    cdiv,
     launch,
     product_tiles,
     reads_in_bulk,
@@ -267,7 +268,7 @@ def product(
         "A_BULK": A_BULK, "B_BULK": B_BULK,
     }  # fmt: skip
     device, stride_om = tensors[0].device, tensors[0].stride(0)
-    tile_count = triton.cdiv(M, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N)
+    tile_count = cdiv(M, tiles.BLOCK_M) * cdiv(N, tiles.BLOCK_N)
     programs = split_programs(tile_count, K, tiles, device)
     if programs == 0:
         programs = resident_programs(tile_count, 1, device)
@@ -276,7 +277,7 @@ def product(
             tensors, a, b, M, N, K, stride_om, EPILOGUE=epilogue, **layouts,
         )  # fmt: skip
         return
-    share = triton.cdiv(tile_count * triton.cdiv(K, tiles.BLOCK_K), programs)
+    share = cdiv(tile_count * cdiv(K, tiles.BLOCK_K), programs)
     shape = programs + tile_count, tiles.BLOCK_M, tiles.BLOCK_N
     parts = tensors[0].new_empty(shape, dtype=torch.float32)
     launch(split_matmul_kernel, (programs,), tiles, parts, a, b, M, N, K, share, **layouts)
@@ -290,8 +291,11 @@ def _operand(
     x: Tensor, BLOCK_R: int, BLOCK_C: int
 ) -> tuple[TensorDescriptor | tuple[Tensor, int, int], bool, bool]:
     """An operand, read in blocks, as a kernel is given it: itself, TRANSPOSED and BULK."""
-    transposed = x.stride(1) != 1 and (x.stride(0) == 1 or x.shape[0] == 1)
-    stored, block = (x.t(), [BLOCK_C, BLOCK_R]) if transposed else (x, [BLOCK_R, BLOCK_C])
-    if reads_in_bulk(stored):
-        return TensorDescriptor.from_tensor(stored, block), transposed, True
-    return (stored, stored.shape[1], stored.stride(0)), transposed, False
+    (rows, columns), (stride_r, stride_c) = x.shape, x.stride()
+    transposed = stride_c != 1 and (stride_r == 1 or rows == 1)
+    if transposed:
+        rows, columns, stride_r, stride_c = columns, rows, stride_c, stride_r
+    if not reads_in_bulk(x, columns, stride_r, stride_c):
+        return (x, columns, stride_r), transposed, False
+    block = [BLOCK_C, BLOCK_R] if transposed else [BLOCK_R, BLOCK_C]
+    return TensorDescriptor(x, [rows, columns], [stride_r, 1], block), transposed, True

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt1_kernels.backends.triton.launch import PARTIAL_TILES, SUM_TILES, launch
+from gpt1_kernels.backends.triton.launch import PARTIAL_TILES, SUM_TILES, cdiv, launch
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -65,16 +65,16 @@ def sum_partials(partials: Tensor, totals: Sequence[Tensor]) -> None:
     A sum is rounded once, to the dtype of its total.
     """
     _, P, C = partials.shape
-    grid = (triton.cdiv(C, PARTIAL_TILES.BLOCK_C), len(totals))
+    grid = (cdiv(C, PARTIAL_TILES.BLOCK_C), len(totals))
     launch(sum_partials_kernel, grid, PARTIAL_TILES, partials, tuple(totals), P, C=C)
 
 
 def sum_rows(x: Tensor, total: Tensor) -> None:
     """Adds the rows of x (N, C), contiguous, in a fixed order, into a total of (C,)."""
     N, C = x.shape
-    chunks = triton.cdiv(N, SUM_TILES.CHUNK)
+    chunks = cdiv(N, SUM_TILES.CHUNK)
     partials = x.new_empty(1, chunks, C, dtype=torch.float32)
     if chunks > 0:
-        programs = chunks * triton.cdiv(C, SUM_TILES.BLOCK_C)
+        programs = chunks * cdiv(C, SUM_TILES.BLOCK_C)
         launch(sum_rows_kernel, (programs,), SUM_TILES, x, partials, N, C=C)
     sum_partials(partials, [total])
