@@ -82,6 +82,7 @@ class CausalSelfAttention(nn.Module):
         row_offset: int = 0,
         first_key: Tensor | None = None,
         cache: LayerCache | None = None,
+        keep_bits: Tensor | None = None,
     ) -> Tensor:
         """All but the output projection: (B, T, C) → (B, T, C).
 
@@ -90,7 +91,7 @@ class CausalSelfAttention(nn.Module):
         p = self.dropout_p if self.training else 0.0
         options = {
             "dropout_p": p, "seed": _seed(seed, p, x), "row_offset": row_offset,
-            "first_key": first_key,
+            "first_key": first_key, "keep_bits": keep_bits,
         }  # fmt: skip
         qkv = self.c_attn(x)
         if cache is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy, linear, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from gpt1_kernels import ops
+from gpt1_kernels.ahead import draw_ahead, draws_ahead
 from gpt1_kernels.cache import KeyValueCache, LayerCache
 from gpt1_kernels.config import GPT1Config
 from gpt1_kernels.generation import GenerationMixin
@@ -71,9 +73,10 @@ class Block(nn.Module):
         row_offset: int,
         first_key: Tensor | None,
         cache: LayerCache | None = None,
+        keep_bits: Tensor | None = None,  # drawn with the seed of the attention
     ) -> Tensor:  # (B, T, C)
         s_attn, s_first, s_second = [None if seeds is None else seeds[s] for s in self.sites]
-        a = self.attn.attend(h, s_attn, row_offset, first_key, cache)
+        a = self.attn.attend(h, s_attn, row_offset, first_key, cache, keep_bits)
         a = self.attn.c_proj.without_bias(a)
         n = self.ln_1(a, h, s_first, row_offset, x_bias=self.attn.c_proj.bias)
         m = self.mlp(n, add_bias=False)
@@ -176,6 +179,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
             dropout_seeds = self.dropout_stream.advance()
         seeds = dropout_seeds if self.drops else None
 
+        bits = self._attention_bits(shape, seeds, row_offset)
         h = self._embed(
             input_ids, inputs_embeds, token_type_ids, position_ids, length, seeds, row_offset
         )
@@ -183,14 +187,14 @@ class GPT1Model(nn.Module, PretrainedMixin):
             h = torch.where(mask.unsqueeze(-1), h, 0)
         states = [h]
         layers = [None] * len(self.h) if cache is None else cache.layers
-        for block, layer in zip(self.h, layers, strict=True):
+        for block, layer, keep_bits in zip(self.h, layers, bits, strict=True):
             if self.gradient_checkpointing and self.training:
                 h = checkpoint(
-                    block, h, seeds, row_offset, first_key,
+                    block, h, seeds, row_offset, first_key, None, keep_bits,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                h = block(h, seeds, row_offset, first_key, layer)
+                h = block(h, seeds, row_offset, first_key, layer, keep_bits)
             states.append(h)
         output = ModelOutput(
             last_hidden_state=h.view(*shape, -1),
@@ -220,6 +224,17 @@ class GPT1Model(nn.Module, PretrainedMixin):
         if token_type_ids is not None:
             h = h + w_token[token_type_ids]
         return _dropout(h, p, seed, row_offset)
+
+    def _attention_bits(
+        self, shape: torch.Size, seeds: Tensor | None, row_offset: int
+    ) -> Iterable[Tensor | None]:
+        """The dropout bits of each attention on (..., T) tokens, or None where it draws its own."""
+        p, layers = self.config.attn_pdrop, range(len(self.h))
+        if seeds is None or p == 0.0 or not draws_ahead(seeds):
+            return [None for _ in layers]
+        length = shape[-1]
+        of_heads = shape[:-1].numel(), self.config.n_head, length, length
+        return draw_ahead([seeds[attention_site(n)] for n in layers], of_heads, p, row_offset)
 
     def gradient_checkpointing_enable(self) -> None:
         """Keeps only the blocks' inputs and recomputes the rest in backward."""

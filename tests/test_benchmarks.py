@@ -172,14 +172,15 @@ def test_oracle_in_parts_is_the_oracle(case, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of SDPA, saying why it raises
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @each_case
-def test_everyone_here_is_right(case):
+def test_everyone_here_is_right(case, dtype):
     """Our op and PyTorch's; what is compiled is checked where it is timed."""
     here = [
         i for i in implementations(case)
         if i.absence(case.op, "cpu") is None and i.name != "torch.compile"
     ]  # fmt: skip
-    comparison = compare(case, here, "cpu", torch.float32, rounds=1)
+    comparison = compare(case, here, "cpu", dtype, rounds=1)
     assert not comparison.failures
     without_dropout = {"SDPA flash"} if case.p else set()  # on a CPU
     assert comparison.problems.keys() <= without_dropout

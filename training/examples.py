@@ -106,6 +106,8 @@ class TaskData:
     test: list[Example]
     notes: tuple[str, ...] = ()
     """Whence the validation examples are, if not from a file, and why rows were left out."""
+    held_out: bool = False
+    """Whether the validation examples are training examples held out."""
 
 
 def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> TaskData:
@@ -131,13 +133,14 @@ def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> Tas
         if split in form.files
     }
     train, validation = splits["train"], splits.get("validation", [])
-    if "validation" not in form.files:
+    held_out = "validation" not in form.files
+    if held_out:
         train, validation = _hold_out(train, form.held_out)
         notes.append(f"no file to validate on: held out {len(validation)} training examples")
     for split, examples in (("train", train), ("validation", validation)):
         if not examples:
             raise ValueError(f"{folder or 'the data set'}: no examples to {split} on")
-    return TaskData(train, validation, splits.get("test", []), tuple(notes))
+    return TaskData(train, validation, splits.get("test", []), tuple(notes), held_out)
 
 
 def chosen(examples: Sequence[T], most: int) -> list[T]:

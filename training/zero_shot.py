@@ -108,12 +108,17 @@ def main(config: ZeroShotConfig) -> None:
 
 
 def read_tasks(config: ZeroShotConfig) -> dict[str, dict[str, list[Example]]]:
-    """By task: the examples to ask about, and for CoLA those that the threshold is chosen on."""
+    """By task: the examples to ask about, and for CoLA those that the threshold is chosen on.
+
+    Where no file validates, the others ask about all examples, for nothing is trained on any.
+    """
     tasks = {}
     for name in ("cola", "sst2", "race"):
         if (folder := getattr(config, name)) is not None:
             data = load(TASKS[name], folder)
-            tasks[name] = {"train": data.train, "validation": data.validation}
+            everything = data.held_out and name != "cola"
+            asked = data.train + data.validation if everything else data.validation
+            tasks[name] = {"train": data.train, "validation": asked}
     if config.dprd is not None:
         tasks["dprd"] = {"validation": read_dprd(config.dprd)}
     return {

@@ -70,17 +70,17 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def resolve(op: str, *tensors: Tensor | None, **sizes: int) -> str:
-    """The backend that serves a call of `op` on these tensors.
+def resolve(op: str, tensor: Tensor, **sizes: int) -> str:
+    """The backend that serves a call of `op`.
 
     Args:
+        tensor: the activation, or whatever has the device and the dtype of the call.
         sizes: those that a backend's module may limit, by the names in its `MAX_SIZES`.
 
     Raises:
         ValueError: a backend asked for by name cannot serve the call; the message has the reason.
     """
-    first = next(t for t in tensors if t is not None)
-    device, dtype = first.device.type, first.dtype
+    device, dtype = tensor.device.type, tensor.dtype
     name = _forced[-1] if _forced else _environment_choice()
     if name is None:
         return automatic_choice(op, device, dtype, **sizes)

@@ -27,8 +27,9 @@ from gpt1_kernels.ops._library import (
     define,
     last_contiguous,
     once,
+    where_needed,
 )
-from gpt1_kernels.ops.dropout import dropout_mask
+from gpt1_kernels.ops.dropout import draw_mask
 
 
 def _fake_fwd(q, k, v, keep_bits, first_key, scale, dropout_p, backend):
@@ -82,6 +83,7 @@ _packed_bwd = define(
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, keep_bits, first_key, scale, dropout_p, backend):
+        q, k, v, first_key = map(last_contiguous, (q, k, v, first_key))
         out, lse = _fwd(q, k, v, keep_bits, first_key, scale, dropout_p, backend)
         ctx.save_for_backward(q, k, v, out, lse, keep_bits, first_key)
         ctx.config = scale, dropout_p, backend
@@ -93,12 +95,13 @@ class _CausalAttention(torch.autograd.Function):
         scale, dropout_p, backend = ctx.config
         needs = ctx.needs_input_grad[:3]
         grads = _bwd(dout.contiguous(), *ctx.saved_tensors, scale, dropout_p, needs, backend)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 5
+        return *where_needed(grads, needs), *[None] * 5
 
 
 class _CausalAttentionQKVPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, n_head, keep_bits, first_key, scale, dropout_p, backend):
+        qkv, first_key = last_contiguous(qkv), last_contiguous(first_key)
         out, lse = _packed_fwd(qkv, n_head, keep_bits, first_key, scale, dropout_p, backend)
         ctx.save_for_backward(qkv, out, lse, keep_bits, first_key)
         ctx.config = n_head, scale, dropout_p, backend
@@ -122,6 +125,7 @@ def causal_attention(
     seed: Tensor | None = None,
     row_offset: int = 0,
     first_key: Tensor | None = None,
+    keep_bits: Tensor | None = None,
 ) -> Tensor:
     """Causal attention with dropout on the probabilities.
 
@@ -133,6 +137,8 @@ def causal_attention(
         seed: int64 (2,) on the device; needed when dropout_p > 0.
         row_offset: tokens of the global batch that come before these.
         first_key: int32 (B,), the first key that is not padding.
+        keep_bits: int32 (B, H, Tq, ceil(Tk / 32)), in the place of a seed: what `dropout_mask` drew
+            before, for (B, H, Tq, Tk) with causal=True and the row_offset times H.
 
     Returns:
         (B, Tq, H, D), the dtype of q; under autocast, the autocast dtype.
@@ -154,10 +160,9 @@ def causal_attention(
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} positions, expected at most k's {k.shape[1]}")
     keep_bits = _checked_bits(op, q, q.shape[1], k.shape[1], q.shape[2], dropout_p, seed,
-                              row_offset, first_key)  # fmt: skip
+                              row_offset, first_key, keep_bits)  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     backend = resolve(op, q, head_size=q.shape[-1])
-    q, k, v, first_key = map(last_contiguous, (q, k, v, first_key))
     return _CausalAttention.apply(q, k, v, keep_bits, first_key, scale, dropout_p, backend)
 
 
@@ -170,6 +175,7 @@ def causal_attention_qkvpacked(
     seed: Tensor | None = None,
     row_offset: int = 0,
     first_key: Tensor | None = None,
+    keep_bits: Tensor | None = None,
 ) -> Tensor:
     """`causal_attention` on the output of GPT-1's `c_attn`: no transpose, no copy, one gradient.
 
@@ -188,32 +194,31 @@ def causal_attention_qkvpacked(
     if width % (3 * n_head):
         raise ValueError(f"{op}: qkv has width {width}, expected a multiple of 3 · {n_head} heads")
     keep_bits = _checked_bits(op, qkv, length, length, n_head, dropout_p, seed, row_offset,
-                              first_key)  # fmt: skip
+                              first_key, keep_bits)  # fmt: skip
     head_size = width // (3 * n_head)
     scale = head_size**-0.5 if scale is None else scale
     backend = resolve("causal_attention", qkv, head_size=head_size)
     return _CausalAttentionQKVPacked.apply(
-        last_contiguous(qkv),
-        n_head,
-        keep_bits,
-        last_contiguous(first_key),
-        scale,
-        dropout_p,
-        backend,
+        qkv, n_head, keep_bits, first_key, scale, dropout_p, backend
     )
 
 
 def _checked_bits(
-    op, activation, queries, keys, heads, dropout_p, seed, row_offset, first_key
+    op, activation, queries, keys, heads, dropout_p, seed, row_offset, first_key, keep_bits
 ) -> Tensor | None:
     batch = activation.shape[0]
     if first_key is not None:
         check_dtype(op, "first_key", first_key, (torch.int32,))
         check_shape(op, "first_key", first_key, (batch,))
         check_device(op, "first_key", first_key, activation)
+    if keep_bits is not None and dropout_p > 0.0:
+        check_dtype(op, "keep_bits", keep_bits, (torch.int32,))
+        check_shape(op, "keep_bits", keep_bits, (batch, heads, queries, (keys + 31) // 32))
+        check_device(op, "keep_bits", keep_bits, activation)
+        return keep_bits.contiguous()
     rows = (row_offset + batch * queries) * heads
     check_dropout(op, dropout_p, seed, rows, activation)
     if dropout_p == 0.0:
         return None
     shape = (batch, heads, queries, keys)
-    return dropout_mask(seed, shape, dropout_p, row_offset=row_offset * heads, causal=True)
+    return draw_mask(seed, shape, dropout_p, row_offset * heads, causal=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -43,12 +44,13 @@ def dropout_mask(
         ValueError: p outside [0, 1], a seed of the wrong shape, more than 2³² rows.
         TypeError: a seed that is not int64.
     """
-    rows = row_offset
-    if len(shape) > 0:
-        count = 1
-        for size in shape[:-1]:
-            count = count * size
-        rows = row_offset + count
-    check_dropout("dropout_mask", p, seed, rows, seed)
+    check_dropout("dropout_mask", p, seed, row_offset + prod(shape[:-1]), seed)
+    return draw_mask(seed, shape, p, row_offset, causal)
+
+
+def draw_mask(
+    seed: Tensor, shape: Sequence[int], p: float, row_offset: int, causal: bool
+) -> Tensor:
+    """`dropout_mask` for an op that has checked its arguments."""
     backend = resolve("dropout_mask", seed)
     return _dropout_mask(last_contiguous(seed), shape, p, row_offset, causal, backend)

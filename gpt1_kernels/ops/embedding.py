@@ -19,6 +19,7 @@ from gpt1_kernels.ops._library import (
     define,
     last_contiguous,
     once,
+    where_needed,
 )
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -81,8 +82,7 @@ class _Embedding(torch.autograd.Function):
         grads = _embedding_bwd(
             dout.contiguous(), *ctx.saved_tensors, *ctx.config, needs, ctx.backend
         )
-        grads = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return None, *grads, *[None] * 7
+        return None, *where_needed(grads, needs), *[None] * 7
 
 
 def embedding(

@@ -9,6 +9,8 @@ gelu_tanh(u) = ½ u (1 + tanh(√(2/π) (u + 0.044715 u³))), Hendrycks & Gimpel
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from gpt1_kernels.ops._library import (
 
 
 def _fake_fwd(x, w_fc, b_fc, w_proj, b_proj, save_pre, backend):
-    pre = x.new_empty([x.shape[:-1].numel(), w_fc.shape[1]] if save_pre else [0])
+    pre = x.new_empty([prod(x.shape[:-1]), w_fc.shape[1]] if save_pre else [0])
     return x.new_empty([*x.shape[:-1], w_proj.shape[1]]), pre
 
 

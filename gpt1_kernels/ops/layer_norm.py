@@ -11,6 +11,8 @@ Ba, Kiros, Hinton 2016. GPT-1 is post-LN, so the second form is every residual s
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ from gpt1_kernels.ops._library import (
 
 
 def _fake_layer_norm_fwd(x, w, b, eps, backend):
-    stat = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    stat = x.new_empty(prod(x.shape[:-1]), dtype=torch.float32)
     return x.new_empty(x.shape), stat, torch.empty_like(stat)
 
 
@@ -46,7 +48,7 @@ def _fake_layer_norm_bwd(dy, x, w, mean, rstd, needs, backend):
 def _fake_dropout_add_layer_norm_fwd(
     x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_total, backend
 ):
-    stat = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    stat = x.new_empty(prod(x.shape[:-1]), dtype=torch.float32)
     total = x.new_empty(x.shape if save_total else [0])
     return x.new_empty(x.shape), total, stat, torch.empty_like(stat)
 

@@ -25,6 +25,7 @@ from gpt1_kernels.ops._library import (
     define,
     last_contiguous,
     once,
+    where_needed,
 )
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -71,44 +72,56 @@ class _ReducedLoss(torch.autograd.Function):
         # Cast here and not in sight of autograd, so that the fp32 sum of dw is rounded only once.
         product_w = w.to(h.dtype).contiguous()
         losses, _, dh, dw = _fwd(
-            h, product_w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2], backend
-        )
+            _rows(h), product_w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2],
+            backend,
+        )  # fmt: skip
         loss = losses.sum()
-        if mean:
-            kept = targets != ignore_index
-            total = kept.sum() if token_weight is None else (token_weight * kept).sum()
-            # All ignored: 0 / 1 leaves loss and gradients at 0.
-            scale = 1 / torch.where(total == 0, 1, total).to(torch.float32)
-        else:
+        # All ignored: 0 / 1 leaves loss and gradients at 0.
+        if not mean:
             scale = torch.ones_like(loss)
+        elif token_weight is None:
+            scale = (targets != ignore_index).sum().clamp(min=1).reciprocal()
+        else:
+            total = (token_weight * (targets != ignore_index)).sum()
+            scale = torch.where(total == 0, 1, total).reciprocal()
         ctx.save_for_backward(dh, dw, scale)
-        ctx.config = w.dtype, backend
+        ctx.config = h.shape, w.dtype, backend
         return loss * scale
 
     @staticmethod
     def backward(ctx, dloss):
         once("linear_cross_entropy")
         dh, dw, scale = ctx.saved_tensors
-        grads = _scale_gradients(dh, dw, dloss * scale, *ctx.config)
+        shape, *config = ctx.config
         needs = ctx.needs_input_grad[:2]
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 5
+        dh, dw = where_needed(_scale_gradients(dh, dw, dloss * scale, *config), needs)
+        return None if dh is None else dh.view(shape), dw, *[None] * 5
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, token_weight, ignore_index, backend):
-        losses, lse, _, _ = _fwd(h, w, targets, token_weight, ignore_index, [False] * 2, backend)
-        ctx.save_for_backward(h, w, targets, lse, token_weight)
-        ctx.config = ignore_index, backend
+        rows = _rows(h)
+        losses, lse, _, _ = _fwd(
+            rows, w, targets, token_weight, ignore_index, [False] * 2, backend
+        )  # fmt: skip
+        ctx.save_for_backward(rows, w, targets, lse, token_weight)
+        ctx.config = h.shape, ignore_index, backend
         return losses
 
     @staticmethod
     def backward(ctx, dloss):
         once("linear_cross_entropy")
-        ignore_index, backend = ctx.config
+        shape, ignore_index, backend = ctx.config
         needs = ctx.needs_input_grad[:2]
         grads = _bwd(dloss.contiguous(), *ctx.saved_tensors, ignore_index, needs, backend)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 4
+        dh, dw = where_needed(grads, needs)
+        return None if dh is None else dh.view(shape), dw, *[None] * 4
+
+
+def _rows(h: Tensor) -> Tensor:
+    """(..., C) as (N, C): in a Function, where autograd makes no node of it."""
+    return last_contiguous(h.reshape(-1, h.shape[-1]))
 
 
 def linear_cross_entropy(
@@ -159,9 +172,8 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction is {reduction!r}, expected one of {REDUCTIONS}")
     backend = resolve(op, h)
-    rows = last_contiguous(h.reshape(-1, h.shape[-1]))
     arguments = targets.reshape(-1), token_weight, ignore_index
     if reduction == "none":
         product_w = w.to(h.dtype).contiguous()
-        return _TokenLosses.apply(rows, product_w, *arguments, backend).view(targets.shape)
-    return _ReducedLoss.apply(rows, w, *arguments, reduction == "mean", backend)
+        return _TokenLosses.apply(h, product_w, *arguments, backend).view(targets.shape)
+    return _ReducedLoss.apply(h, w, *arguments, reduction == "mean", backend)

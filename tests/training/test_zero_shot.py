@@ -138,6 +138,16 @@ def test_the_real_pronouns():
     assert {len(example.answers) for example in examples} == {2}
 
 
+def test_without_a_file_to_validate_on_all_questions_are_asked(tmp_path):
+    question = {"question": "who?", "options": ["a", "b"], "answer": "A"}
+    rows = (
+        json.dumps({"example_id": str(i), "article": f"text {i}", **question}) for i in range(30)
+    )
+    (tmp_path / "race.jsonl").write_text("\n".join(rows))
+    tasks = zero_shot.read_tasks(zero_shot.ZeroShotConfig(tmp_path, race=tmp_path))
+    assert len(tasks["race"]["validation"]) == 30
+
+
 def test_all_checkpoints_of_a_run_are_asked(whole, tmp_path, capsys):
     (tmp_path / "sst2").mkdir()
     lines = "".join(f"{'abcdefghij'[i % 10 :]} {i}\t{i % 2}\n" for i in range(20))

@@ -45,7 +45,10 @@ def causal_attention_bwd(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    grads = tuple(t.new_empty(t.shape if n else 0) for t, n in zip((q, k, v), needs, strict=True))
+    grads = tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
+        for t, need in zip((q, k, v), needs, strict=True)
+    )
     needed = [g if need else None for g, need in zip(grads, needs, strict=True)]
     _backward(dout, q, k, v, out, lse, keep_bits, first_key, *needed, scale, dropout_p)
     return grads
@@ -86,7 +89,8 @@ def causal_attention_qkvpacked_bwd(
 
 def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views (B, T, H, D) of a packed (B, T, 3C)."""
-    return qkv.unflatten(2, (3, n_head, qkv.shape[2] // (3 * n_head))).unbind(2)
+    B, T, width = qkv.shape
+    return qkv.view(B, T, 3, n_head, width // (3 * n_head)).unbind(2)
 
 
 def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
@@ -134,8 +138,9 @@ def _heads(x: Tensor | None) -> tuple[int, ...]:
 
 def _is_aligned(x: Tensor) -> bool:
     """Whether every row of D elements starts at a multiple of 16 bytes, and is whole vectors."""
-    distances = x.data_ptr() // x.itemsize, *x.stride()[:3], x.shape[3]
-    return x.data_ptr() % x.itemsize == 0 and all(n % VECTOR == 0 for n in distances)
+    stride_b, stride_t, stride_h, _ = x.stride()
+    elements = stride_b | stride_t | stride_h | x.shape[3]  # a multiple of 8 if all of them are
+    return x.data_ptr() % (VECTOR * x.itemsize) == 0 and elements % VECTOR == 0
 
 
 def _padded(x: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def _add_by_id(
 ) -> None:
     V, C = dw.shape
     N = dout.numel() // C
-    all_ids = torch.cat([ids.reshape(-1) for ids in read]).to(torch.int64)
-    sorted_ids, order = all_ids.sort(stable=True)
+    ids = read[0].reshape(-1) if len(read) == 1 else torch.cat([i.reshape(-1) for i in read])
+    sorted_ids, order = ids.to(torch.int64).sort(stable=True)
     M = len(order)
     partials = dout.new_empty(-(-M // CHUNK), 2, -(-C // 8) * 8, dtype=torch.float32)
     launch(

@@ -579,7 +579,10 @@ def causal_attention_bwd(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    grads = tuple(t.new_empty(t.shape if n else 0) for t, n in zip((q, k, v), needs, strict=True))
+    grads = tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
+        for t, need in zip((q, k, v), needs, strict=True)
+    )
     needed = [g if need else None for g, need in zip(grads, needs, strict=True)]
     _backward(dout, q, k, v, out, lse, keep_bits, first_key, *needed, scale, dropout_p)
     return grads
@@ -593,9 +596,9 @@ def causal_attention_qkvpacked_fwd(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _unpacked(qkv, n_head)
-    o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return o.flatten(2), _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p)
+    B, T, width = qkv.shape
+    o = qkv.new_empty(B, T, width // 3)
+    return o, _forward(*_unpacked(qkv, n_head), keep_bits, first_key, o, scale, dropout_p)
 
 
 def causal_attention_qkvpacked_bwd(
@@ -609,18 +612,18 @@ def causal_attention_qkvpacked_bwd(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    q, k, v = _unpacked(qkv, n_head)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _backward(
-        dout.view(q.shape), q, k, v, out.view(q.shape), lse, keep_bits, first_key,
-        *_unpacked(dqkv, n_head), scale, dropout_p,
+        dout, *_unpacked(qkv, n_head), out, lse, keep_bits, first_key, *_unpacked(dqkv, n_head),
+        scale, dropout_p,
     )  # fmt: skip
     return dqkv
 
 
 def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views (B, T, H, D) of a packed (B, T, 3C)."""
-    return qkv.unflatten(2, (3, n_head, qkv.shape[2] // (3 * n_head))).unbind(2)
+    B, T, width = qkv.shape
+    return qkv.view(B, T, 3, n_head, width // (3 * n_head)).unbind(2)
 
 
 def _within_reach(*tensors: Tensor) -> list[Tensor]:
@@ -629,7 +632,13 @@ def _within_reach(*tensors: Tensor) -> list[Tensor]:
 
 
 def _strides(*tensors: Tensor | None) -> list[tuple[int, ...]]:
+    """Those of B, T and H."""
     return [(0, 0, 0) if t is None else t.stride()[:3] for t in tensors]
+
+
+def _contiguous_strides(T: int, H: int, D: int) -> tuple[int, int, int]:
+    """Those of o and its gradient, which may come as (B, T, H, D) or as (B, T, C)."""
+    return T * H * D, H * D, D
 
 
 def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
@@ -640,7 +649,8 @@ def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
         tiles = attention_fwd_tiles(D, q.itemsize)
         launch(
             causal_attention_fwd_kernel, (B * H * cdiv(Tq, tiles.BLOCK_M),), tiles,
-            q, k, v, keep_bits, first_key, o, lse, *_strides(q, k, v, o),
+            q, k, v, keep_bits, first_key, o, lse,
+            *_strides(q, k, v), _contiguous_strides(Tq, H, D),
             scale, keep_scale(dropout_p), H, Tq, k.shape[1], D=D,
         )  # fmt: skip
     return lse
@@ -650,13 +660,15 @@ def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, drop
     B, Tq, H, D = q.shape
     Tk = k.shape[1]
     q, k, v = _within_reach(q, k, v)
+    o_strides = _contiguous_strides(Tq, H, D)
     delta = None
     if (dq is not None or dk is not None) and q.numel() > 0:
         delta = torch.empty_like(lse)
         tiles = attention_dq_tiles(D, q.itemsize)
         launch(
             causal_attention_bwd_dq_kernel, (B * H * cdiv(Tq, tiles.BLOCK_M),), tiles,
-            do, q, k, v, o, lse, keep_bits, first_key, delta, dq, *_strides(q, k, v, o, dq),
+            do, q, k, v, o, lse, keep_bits, first_key, delta, dq,
+            *_strides(q, k, v), o_strides, *_strides(dq),
             scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
         )  # fmt: skip
     if (dk is not None or dv is not None) and k.numel() > 0:
@@ -664,5 +676,5 @@ def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, drop
         launch(
             causal_attention_bwd_dkdv_kernel, (B * H * cdiv(Tk, tiles.BLOCK_N),), tiles,
             do, q, k, v, lse, None if dk is None else delta, keep_bits, first_key, dk, dv,
-            *_strides(do, q, k, v, dk, dv), scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
+            o_strides, *_strides(q, k, v, dk, dv), scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
         )  # fmt: skip

@@ -305,7 +305,8 @@ def _add_by_id(
 ) -> None:
     V, C = dw.shape
     N = dout.numel() // C
-    sorted_ids, order = torch.cat([ids.reshape(-1) for ids in read]).sort(stable=True)
+    ids = read[0].reshape(-1) if len(read) == 1 else torch.cat([i.reshape(-1) for i in read])
+    sorted_ids, order = ids.sort(stable=True)
     M = len(order)
     tiles = chunk_tiles(C)
     chunks = cdiv(M, tiles.CHUNK)
