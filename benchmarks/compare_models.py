@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -71,14 +72,20 @@ class ModelComparison:
 
 
 def compare_models(
-    size: Size, dtype: str, dropout: float, device: str, passes: tuple[str, ...], rounds: int
+    size: Size,
+    dtype: str,
+    dropout: float,
+    device: str,
+    passes: tuple[str, ...],
+    rounds: int,
+    sides: Mapping[str, Side] = SIDES,
 ) -> ModelComparison:
-    """Checks every side of `train_step.SIDES`, and times those that are right."""
+    """Checks every side, and times those that are right."""
     torch.compiler.reset()
     input_ids, full, plain = size.draw(device), size.config(dropout), size.config(0.0)
     expected = oracle(plain, input_ids[:2])
     calls, problems = {}, {}
-    for name, side in SIDES.items():
+    for name, side in sides.items():
         try:
             check(side, plain, dtype, input_ids[:2], expected)
             made = make_calls(side, full, dtype, input_ids)
@@ -97,7 +104,7 @@ def compare_models(
         seconds = samples(functions, device, rounds)
         results[each] = [
             ModelResult(
-                name, _kind(name), tuple(seconds[name]), tokens,
+                name, _kind(sides.get(name)), tuple(seconds[name]), tokens,
                 flops // 3 if each == "forward" else flops, peak_memory(function, device),
             )
             for name, function in functions.items()
@@ -142,5 +149,7 @@ def oracle(config: GPT1Config, input_ids: Tensor) -> tuple[Tensor, dict[str, Ten
     return loss.detach(), {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
 
-def _kind(name: str) -> str:
-    return {"gpt1_kernels": "ours", PRODUCTS: "yardstick"}.get(name, "peer")
+def _kind(side: Side | None) -> str:
+    if side is None:
+        return "yardstick"
+    return "ours" if side.library == "gpt1_kernels" else "peer"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 from pathlib import Path
 
 import triton
@@ -60,25 +61,35 @@ def narrow_accesses(accesses: list[int]) -> list[int]:
     return narrow if sum(narrow) > (1 - WIDE_SHARE) * sum(accesses) else []
 
 
-def main_loop(text: str) -> int:
-    """Instructions of the loop, of those that hold no other, with most of the kernel's work in it.
+def wide_share(accesses: list[int]) -> float:
+    """The share of the bytes that move 16 or more at a time, to three digits."""
+    return round(sum(n for n in accesses if n >= 16) / sum(accesses), 3)
 
-    It is the shortest with most products on the matrix units, since a loop over masked tiles does
-    more besides; without products the longest; without loops the whole kernel.
+
+def main_loop(text: str) -> int:
+    """Instructions of the loop with most of the kernel's work in it.
+
+    It is the shortest with half of the products on the matrix units that loops hold: a loop over
+    masked tiles has as many as the one over the others, and does more besides. Without products it
+    is the longest loop that holds no other; without loops the whole kernel.
     """
-    instructions, spans = _instructions(text), _loops(_instructions(text))
+    instructions = _instructions(text)
+    loops = {
+        (start, end): [opcode[0] for address, opcode, _ in instructions if start <= address <= end]
+        for start, end in _loops(instructions) or [(0, inf)]
+    }
+    products = {
+        span: sum(opcode in _MATRIX_UNITS for opcode in body) for span, body in loops.items()
+    }
+    if any(products.values()):
+        most = max(products.values())
+        return min(len(loops[span]) for span, n in products.items() if 2 * n >= most)
     innermost = [
         (start, end)
-        for start, end in spans
-        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans)
+        for start, end in loops
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
     ]
-    bodies = [
-        [opcode[0] for address, opcode, _ in instructions if start <= address <= end]
-        for start, end in innermost or [(0, float("inf"))]
-    ]
-    products = [sum(opcode in _MATRIX_UNITS for opcode in body) for body in bodies]
-    lengths = [len(body) for body, n in zip(bodies, products, strict=True) if n == max(products)]
-    return min(lengths) if any(products) else max(lengths)
+    return max(len(loops[span]) for span in innermost)
 
 
 def matrix_units(text: str) -> set[str]:

@@ -425,6 +425,12 @@ def measure(name: str, backend: str) -> tuple[int, int, int]:
     return compulsory, issued, call.floor(backend, BATCH).bytes
 
 
+def row(name: str, backend: str) -> dict[str, dict[str, int]]:
+    """What the baseline keeps of a call."""
+    compulsory, issued, _ = measure(name, backend)
+    return {f"{name} on {backend}": {"compulsory": compulsory, "issued": issued}}
+
+
 def main() -> None:
     print(f"{'B = 64, T = 512':50}{'compulsory':>14}{'issued':>14}{'floor':>14}{'ratios':>16}")
     for backend in COUNTING:

@@ -8,17 +8,21 @@ state.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.plain_model import PlainLMHeadModel, loss_of
-from gpt1_kernels import GPT1Config, GPT1LMHeadModel
+from gpt1_kernels import GPT1Config, GPT1LMHeadModel, use_backend
 from training.optim import make_optimizer
+from training.static_step import WARM_UP, CapturedStep
 from training.step import autocast, train_step
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 2.5e-4, 0.01, 1.0
@@ -27,10 +31,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Side:
-    """Whose model it is, and whether `torch.compile` has it."""
+    """Whose model it is, and how it runs."""
 
     library: str
     compiled: bool = False
+    backend: str | None = None
+    """Of ours, by name; by default the automatic choice."""
+    captured: bool = False
+    """Whether the update is a CUDA graph; of ours, and on a GPU."""
 
 
 SIDES = {
@@ -76,7 +84,7 @@ def make_calls(
     called = torch.compile(model, dynamic=False) if side.compiled else model
 
     def forward() -> Tensor:
-        with autocast(input_ids.device.type, dtype):
+        with autocast(input_ids.device.type, dtype), _on(side.backend):
             return loss_of(called, input_ids)
 
     def both() -> Tensor:
@@ -92,19 +100,33 @@ def make_calls(
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    steps = iter(range(sys.maxsize))
+    if side.library == "gpt1_kernels":
+        step = _our_step(side, model, optimizer, dtype, input_ids)
+    return {"forward": forward, "model": both, "step": step}
 
-    def our_step() -> Tensor:
-        return train_step(
-            model, model.dropout_stream, optimizer, input_ids, next(steps), LEARNING_RATE,
-            clip=CLIP, dtype=dtype,
-        )[0]  # fmt: skip
 
-    return {
-        "forward": forward,
-        "model": both,
-        "step": our_step if side.library == "gpt1_kernels" else step,
-    }
+def _our_step(
+    side: Side, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: str, input_ids: Tensor
+) -> Callable[[], Tensor]:
+    steps, of_model = itertools.count(), (model, model.dropout_stream, optimizer)
+    options = {"clip": CLIP, "dtype": dtype}
+    if side.captured:
+        update = CapturedStep(*of_model, tuple(input_ids.shape), **options)
+    else:
+        update = partial(train_step, *of_model, **options)
+
+    def step() -> Tensor:
+        with _on(side.backend):
+            return update(input_ids, next(steps), LEARNING_RATE).loss
+
+    if side.captured:
+        for _ in range(WARM_UP + 1):
+            step()
+    return step
+
+
+def _on(backend: str | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if backend is None else use_backend(backend)
 
 
 def loss_and_gradients(
@@ -113,7 +135,7 @@ def loss_and_gradients(
     """What a side makes of input_ids with its first weights."""
     model = build(side.library, config, input_ids.device.type)
     called = torch.compile(model, dynamic=False) if side.compiled else model
-    with autocast(input_ids.device.type, dtype):
+    with autocast(input_ids.device.type, dtype), _on(side.backend):
         loss = loss_of(called, input_ids)
     loss.backward()
     return loss.detach(), {

@@ -1,15 +1,13 @@
-"""Compiles, without a GPU, the Triton kernels that the ops launch, and prints what came out.
+"""Compiles Triton kernels without a GPU, in a process of its own, and prints what came out.
 
-    python tests/compile_triton.py code 90 bfloat16
+    python tests/compile_triton.py probes 90
 
-prints a JSON list of {kernel, constants, shared, shared_limit, registers, stack, local, accesses,
-matrix_units} for compute capability 9.0, as on a chip with little shared memory and on one with
-much; `probes` instead of `code` compiles the kernels at the end of this file. And
+prints for the kernels at the end of this file, and compute capability 9.0, what
+`benchmarks.triton_code` prints for the ops'. And
 
     python tests/compile_triton.py compilations 90
 
-prints how often each kernel of an op is compiled when lengths change. It runs in a process of its
-own, because Triton's interpreter cannot be switched off once it is on.
+prints how often each kernel of an op is compiled when lengths change.
 """
 
 import json
@@ -19,35 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.compiling import compiling, disassembled
-from benchmarks.launchers import GPT1, OVER_LENGTHS
+from benchmarks.compiling import compiling
+from benchmarks.launchers import OVER_LENGTHS
+from benchmarks.triton_code import described
 
-SHARED_MEMORY = {80: (99,), 90: (99, 227), 100: (99, 227)}  # KiB, of a capability's chips
+SMALLEST_SHARED_MEMORY = 99 * 1024
 LENGTHS = (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 48, 64, 100, 127, 128, 255, 256, 257, 512, 1000)
-
-
-def described(kernel, constants, compiled, shared_limit: int = 99 * 1024) -> dict:
-    return {
-        "kernel": kernel.__name__,
-        "constants": str(constants),
-        "shared": compiled.metadata.shared,
-        "shared_limit": shared_limit,
-        **disassembled(compiled.asm["cubin"]),
-    }
-
-
-def code(capability: int, dtype: str) -> list[dict]:
-    """Every kernel that the ops launch at GPT-1's shapes, once."""
-    found = {}
-    for limit in (KiB * 1024 for KiB in SHARED_MEMORY[capability]):
-
-        def seen(kernel, constants, compiled, limit=limit):
-            found.setdefault(compiled.hash, (kernel, constants, compiled, limit))
-
-        with compiling(capability, limit, seen):
-            for run in GPT1.values():
-                run(getattr(torch, dtype))
-    return [described(*what) for what in found.values()]
 
 
 def compilations(capability: int) -> dict[str, dict[str, int]]:
@@ -59,7 +34,7 @@ def compilations(capability: int) -> dict[str, dict[str, int]]:
         def seen(kernel, constants, compiled, found=found):
             found.setdefault(kernel.__name__, set()).add(compiled)
 
-        with compiling(capability, 99 * 1024, seen):
+        with compiling(capability, SMALLEST_SHARED_MEMORY, seen):
             for length in LENGTHS:
                 op(length, torch.bfloat16)
         counts[op.__name__] = {
@@ -106,13 +81,16 @@ def probes(capability: int) -> list[dict]:
         (crowded_kernel, (x.float(), x.float()), {"BLOCK": 65536}),
     ]
     rows = []
-    with compiling(capability, 99 * 1024, lambda *what: rows.append(described(*what))):
+
+    def seen(*kernel):
+        rows.append(described(*kernel, SMALLEST_SHARED_MEMORY))
+
+    with compiling(capability, SMALLEST_SHARED_MEMORY, seen):
         for kernel, args, constants in launches:
             kernel[1,](*args, **constants)
     return rows
 
 
 if __name__ == "__main__":
-    what, capability, *dtype = sys.argv[1:]
-    functions = {"code": code, "compilations": compilations, "probes": probes}
-    print(json.dumps(functions[what](int(capability), *dtype)))
+    what, capability = sys.argv[1:]
+    print(json.dumps({"compilations": compilations, "probes": probes}[what](int(capability))))

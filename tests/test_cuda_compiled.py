@@ -1,29 +1,16 @@
-"""What nvcc compiled for chips that are not here: ptxas' report, and the SASS of GPT-1's kernels.
-
-Both lie where the build left them, in build/cuda: nothing is compiled here.
-"""
-
-import re
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import chain
+"""What nvcc compiled for chips that are not here, where it was built beside these sources."""
 
 import pytest
 
-from csrc.build import FOLDERS, sources
-from gpt1_kernels.backends.cuda import extension
+pytest.importorskip("triton")  # whose package has cuobjdump
+
+from benchmarks import baseline, cuda_code
+from benchmarks.cuda_code import disassembled, entries, kernels
+from benchmarks.sass import loop_accesses, matrix_units, narrow_accesses
 from gpt1_kernels.backends.logits import padded_vocabulary
 
-pytest.importorskip("triton")  # whose package has cuobjdump
-if (reason := extension.absence("cuda")) is not None:
-    pytest.skip(f"backend cuda: {reason}", allow_module_level=True)
-
-from benchmarks.sass import CUOBJDUMP, loop_accesses, matrix_units, narrow_accesses
-
-OBJECTS = [FOLDERS["_cuda"] / f"{source}.o" for source in sources(False) if source.suffix == ".cu"]
-if not all(path.exists() for path in OBJECTS):
-    pytest.skip("the compiled kernels were not built in this tree", allow_module_level=True)
+if (reason := cuda_code.absence()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 KiB = 1024
 REGISTERS = 65536  # of a processor of all three
@@ -64,69 +51,13 @@ NARROW = {
 }
 """How many narrow accesses a kernel's loops may hold although they weigh, and what they are."""
 
-NOT_GPT1 = re.compile(
-    r"6__half"
-    r"|(?:LayerNorm|Embedding)\w*?If"  # fp32
-    r"|Attention\w+Li(?:32|96|128)E"  # D
-    r"|RowLayout\w+Li(?:8|16)E"  # other C than 768
-)
-"""Kernels that GPT-1 in bf16 does not launch; their SASS is not looked at, for time."""
 
-_ENTRY = re.compile(
-    r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<capability>\d+)a?'"
-    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads"
-    r".*?Used (?P<used>(?P<registers>\d+) registers[^\n]*)",
-    re.S,
-)
-
-
-def entries(report: str) -> list[dict]:
-    """What ptxas says of each kernel; all that it says it uses is `used`."""
-    numbers = ("capability", "stack", "stores", "loads", "registers")
-    return [
-        {"symbol": entry["symbol"], "used": entry["used"], **{n: int(entry[n]) for n in numbers}}
-        for entry in _ENTRY.finditer(report)
-    ]
-
-
-@cache
 def reported(capability: int) -> list[dict]:
     """The entries for a chip; the test is skipped if the kernels were built for others."""
-    rows = [
-        {"object": path, **entry}
-        for path in OBJECTS
-        for entry in entries(path.with_suffix(".o.ptxas").read_text())
-        if entry["capability"] == capability
-    ]
+    rows = cuda_code.reported(capability)
     if not rows:
         pytest.skip(f"the kernels were not built for compute capability {capability / 10}")
     return rows
-
-
-@cache
-def kernels() -> dict[str, dict]:
-    """What the module says of its kernels, by symbol."""
-    return {kernel["symbol"]: kernel for kernel in extension.module("cuda").kernels()}
-
-
-@cache
-def disassembled(capability: int) -> list[tuple[str, str]]:
-    """(name, SASS) of each kernel that GPT-1 launches."""
-    symbols: dict = {}
-    for row in reported(capability):
-        if not NOT_GPT1.search(row["symbol"]):
-            symbols.setdefault(row["object"], []).append(row["symbol"])
-
-    def functions(file) -> list[str]:
-        command = [CUOBJDUMP, "-sass", "-arch", f"sm_{capability}", "-fun", ",".join(symbols[file])]
-        run = subprocess.run([*command, file], capture_output=True, text=True, check=True)
-        return run.stdout.split("Function : ")[1:]
-
-    with ThreadPoolExecutor() as pool:
-        texts = list(chain.from_iterable(pool.map(functions, symbols)))
-    assert len(texts) == sum(map(len, symbols.values()))
-    return [(kernels()[text.split()[0]]["name"], text) for text in texts]
 
 
 def resident_blocks(capability: int, threads: int, registers: int, shared: int) -> int:
@@ -174,12 +105,22 @@ def test_every_chip_has_the_shared_memory_of_a_block():
 
 @on_each_chip
 def test_products_are_on_the_matrix_units_and_accesses_wide(capability):
-    for name, text in disassembled(capability):
+    reported(capability)
+    for symbol, text in disassembled(capability).items():
+        name = kernels()[symbol]["name"]
         assert ("HMMA" in matrix_units(text)) is (name in MULTIPLYING), name
         accesses = loop_accesses(text)
         assert 16 in accesses, name
         allowed, _ = NARROW.get(name, (0, ""))
         assert len(narrow_accesses(accesses)) <= allowed, (name, sorted(accesses))
+
+
+@on_each_chip
+def test_the_code_is_the_baselines(capability):
+    if reason := baseline.mismatch("cuda", cuda_code.versions()):
+        pytest.skip(reason)
+    reported(capability)
+    baseline.check("cuda", cuda_code.rows(capability))
 
 
 REPORT = """\

@@ -1,13 +1,8 @@
 """What Triton compiles for chips that are not here, and how often it compiles.
 
-The kernels are those that the ops launch at GPT-1's shapes; `compile_triton.py` compiles them, in a
-process of its own.
+The kernels are those that the ops launch at GPT-1's shapes.
 """
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks import baseline, triton_code
 from benchmarks.sass import narrow_accesses
 
 MATRIX_UNIT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -45,17 +41,10 @@ NARROW = {
 
 
 @cache
-def compiled(what: str, capability: int, *dtype: str):
+def compiled(what: str, capability: int):
     """What `compile_triton.py` prints."""
     script = Path(__file__).with_name("compile_triton.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(script), what, str(capability), *dtype],
-        env={**environment, "PYTHONPATH": str(script.parents[1])},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return triton_code.without_interpreter(str(script), what, str(capability))
 
 
 on_each_chip = pytest.mark.parametrize("capability", list(MATRIX_UNIT))
@@ -67,7 +56,7 @@ on_each_chip = pytest.mark.parametrize("capability", list(MATRIX_UNIT))
 )  # fmt: skip
 @on_each_chip
 def test_kernels_fit_their_chip(capability, dtype):
-    rows = compiled("code", capability, dtype)
+    rows = triton_code.compiled(capability, dtype)
     assert {row["kernel"] for row in rows} == {
         *MULTIPLYING,
         "cross_entropy_kernel",
@@ -94,6 +83,13 @@ def test_kernels_fit_their_chip(capability, dtype):
 
 
 @on_each_chip
+def test_the_code_is_the_baselines(capability):
+    if reason := baseline.mismatch("triton", triton_code.versions()):
+        pytest.skip(reason)
+    baseline.check("triton", triton_code.rows(capability))
+
+
+@on_each_chip
 def test_the_checks_see(capability):
     """A product on the matrix units, narrow loads and a kernel that spills are told apart."""
     product, transposing, crowded = compiled("probes", capability)
@@ -106,7 +102,7 @@ def test_the_checks_see(capability):
 
 
 def test_no_exemption_is_for_a_kernel_that_is_gone():
-    kernels = {row["kernel"] for row in compiled("code", 90, "bfloat16")}
+    kernels = {row["kernel"] for row in triton_code.compiled(90, "bfloat16")}
     assert NARROW.keys() | MULTIPLYING <= kernels
 
 

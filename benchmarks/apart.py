@@ -1,0 +1,65 @@
+"""Runs a program that hands over JSON lines, for a limited time; what it had found by then counts.
+
+A kernel that fails spoils the GPU for its whole process, and one that hangs never comes back: what
+must not take the rest along runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LAST_LINES = 12  # of what a program that failed wrote to its standard error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program found, and why it found no more."""
+
+    found: list[dict]
+    problem: str | None
+    seconds: float
+
+
+def run_apart(arguments: Sequence[str], seconds: float, cwd: Path) -> Outcome:
+    """Runs Python with these arguments and the name of a file, to which it appends JSON objects.
+
+    Args:
+        seconds: after which it is killed, with the processes that it started.
+    """
+    start = time.monotonic()
+    with tempfile.NamedTemporaryFile("r") as lines, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *arguments, lines.name],
+            cwd=cwd, stderr=errors, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            problem = f"it took longer than {seconds:.0f} s"
+        else:
+            errors.seek(0)
+            problem = _why(code, errors.read())
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        whole = [line for line in lines if line.endswith("\n")]
+    return Outcome([json.loads(line) for line in whole], problem, time.monotonic() - start)
+
+
+def _why(code: int, errors: str) -> str | None:
+    """Why a program failed, or None if it did not."""
+    last = "\n".join(errors.splitlines()[-LAST_LINES:])
+    if code < 0:
+        return f"it ended by {signal.Signals(-code).name}\n{last}".strip()
+    return last if code else None

@@ -1,0 +1,111 @@
+"""What nvcc made of the CUDA kernels: ptxas' report, and the SASS of those that GPT-1 launches.
+
+Both lie where the build left them, in build/cuda: nothing is compiled here.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import chain
+
+from benchmarks.sass import CUOBJDUMP, loop_accesses, main_loop, wide_share
+from csrc.build import FOLDERS, sources
+from gpt1_kernels.backends.cuda import extension
+
+OBJECTS = [FOLDERS["_cuda"] / f"{source}.o" for source in sources(False) if source.suffix == ".cu"]
+
+NOT_GPT1 = re.compile(
+    r"6__half"
+    r"|(?:LayerNorm|Embedding)\w*?If"  # fp32
+    r"|Attention\w+Li(?:32|96|128)E"  # D
+    r"|RowLayout\w+Li(?:8|16)E"  # other C than 768
+)
+"""Kernels that GPT-1 in bf16 does not launch; their SASS is not looked at, for time."""
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<capability>\d+)a?'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<used>(?P<registers>\d+) registers[^\n]*)",
+    re.S,
+)
+_RELEASE = re.compile(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)")
+
+
+def absence() -> str | None:
+    """Why there is nothing to look at, or None."""
+    if (reason := extension.absence("cuda")) is not None:
+        return f"backend cuda: {reason}"
+    if not all(path.exists() for path in OBJECTS):
+        return "the compiled kernels were not built in this tree"
+    return None
+
+
+def versions() -> dict[str, str]:
+    """What the code depends on beside its source: the compiler, as it signed an object."""
+    return {"nvcc": _RELEASE.search(OBJECTS[0].read_bytes())[1].decode()}
+
+
+def entries(report: str) -> list[dict]:
+    """What ptxas says of each kernel; all that it says it uses is `used`."""
+    numbers = ("capability", "stack", "stores", "loads", "registers")
+    return [
+        {"symbol": entry["symbol"], "used": entry["used"], **{n: int(entry[n]) for n in numbers}}
+        for entry in _ENTRY.finditer(report)
+    ]
+
+
+@cache
+def reported(capability: int) -> list[dict]:
+    """The entries for a chip, none if the kernels were built for others."""
+    return [
+        {"object": path, **entry}
+        for path in OBJECTS
+        for entry in entries(path.with_suffix(".o.ptxas").read_text())
+        if entry["capability"] == capability
+    ]
+
+
+@cache
+def kernels() -> dict[str, dict]:
+    """What the module says of its kernels, by symbol."""
+    return {kernel["symbol"]: kernel for kernel in extension.module("cuda").kernels()}
+
+
+@cache
+def disassembled(capability: int) -> dict[str, str]:
+    """The SASS of each kernel that GPT-1 launches, by symbol."""
+    symbols: dict = {}
+    for row in reported(capability):
+        if not NOT_GPT1.search(row["symbol"]):
+            symbols.setdefault(row["object"], []).append(row["symbol"])
+
+    def functions(file) -> list[str]:
+        command = [CUOBJDUMP, "-sass", "-arch", f"sm_{capability}", "-fun", ",".join(symbols[file])]
+        run = subprocess.run([*command, file], capture_output=True, text=True, check=True)
+        return run.stdout.split("Function : ")[1:]
+
+    with ThreadPoolExecutor() as pool:
+        texts = list(chain.from_iterable(pool.map(functions, symbols)))
+    assert len(texts) == sum(map(len, symbols.values()))
+    return {text.split()[0]: text for text in texts}
+
+
+def rows(capability: int) -> dict[str, dict[str, float]]:
+    """What the baseline keeps of each kernel; kernels of one name are in the order of symbols."""
+    registers = {row["symbol"]: row["registers"] for row in reported(capability)}
+    found, seen = {}, Counter()
+    for symbol, text in sorted(disassembled(capability).items()):
+        name = kernels()[symbol]["name"]
+        seen[name] += 1
+        found[f"{capability / 10}: {name}, {seen[name]}"] = {
+            "registers": registers[symbol],
+            "shared": kernels()[symbol]["max_shared_bytes"],
+            "main_loop": main_loop(text),
+            "wide share": wide_share(loop_accesses(text)),
+        }
+    return found

@@ -1,0 +1,112 @@
+"""One command that measures a GPU: correctness, ceilings, ops, whole updates, the host's share.
+
+    python benchmarks/gpu_report.py
+    python benchmarks/gpu_report.py --only attention step
+
+takes eight minutes at most and writes a folder, benchmarks/records/<date>_<gpu>/: `results.json`
+with every round of everything, `README.md` with the targets, tables and pictures. With --only what
+is measured replaces what the folder has of it. A part that fails is reported, and the others run.
+
+It compiles the CUDA kernels if they are not there (`pip install -e . --no-deps
+--no-build-isolation`, for which nothing is fetched). It needs torch 2.11 or later, triton 3.6 or
+later, numpy, safetensors, pytest, ninja, pybind11, setuptools and matplotlib; `transformers` and
+other peers are measured where they are installed.
+
+    python benchmarks/gpu_report.py --device cpu --out FOLDER
+
+goes through all of it without a GPU, at sizes that say nothing about speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a file that is run by its name
+
+from benchmarks import record
+from benchmarks.apart import Outcome, run_apart
+from benchmarks.report_page import write_page
+from benchmarks.report_parts import PARTS, PLANS, ROOT
+
+RECORDS = ROOT / "benchmarks/records"
+MINUTES = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the parts; 1 if one of them failed or found one of ours wrong, else 0."""
+    options = _parse(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    machine = run("machine", options.device, PARTS["machine"].seconds)
+    if machine.problem is not None:
+        sys.exit(f"error: {machine.problem}")
+    (facts,) = machine.found
+    folder = options.out or RECORDS / f"{date.today()}_{_short(facts['gpu'])}"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = record.read(folder) | {"device": options.device, "machine": facts}
+    for name in options.only or (name for name in PARTS if name != "machine"):
+        print(f"{name} …", flush=True)
+        seconds = min(PARTS[name].seconds, deadline - time.monotonic())
+        if seconds > 0:
+            outcome = run(name, options.device, seconds)
+        else:
+            outcome = Outcome([], f"nothing was left of {options.minutes:g} minutes", 0.0)
+        results["parts"][name] = {
+            "commit": options.commit, "date": str(date.today()), "seconds": outcome.seconds,
+            "problem": outcome.problem, "found": outcome.found,
+        }  # fmt: skip
+        record.write(results, folder)
+    write_page(results, folder)
+    failures = record.failures(results)
+    for name, failure in failures:
+        print(f"{name}: {failure}", file=sys.stderr)
+    print(folder)
+    return int(bool(failures))
+
+
+def run(name: str, device: str, seconds: float) -> Outcome:
+    """A part; on a GPU in a process of its own."""
+    if device == "cuda":
+        return run_apart(["-m", "benchmarks.report_parts", name, device], seconds, ROOT)
+    found, problem, start = [], None, time.monotonic()
+    try:
+        PARTS[name].run(PLANS[device], found.append)
+    except Exception:
+        problem = traceback.format_exc()
+    return Outcome(found, problem, time.monotonic() - start)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parts = [name for name in PARTS if name != "machine"]
+    parser.add_argument("--only", nargs="+", choices=parts, metavar="PART", help=", ".join(parts))
+    parser.add_argument("--out", type=Path, help="the folder, new or with an earlier record")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
+    parser.add_argument("--device", choices=PLANS, default="cuda")
+    parser.add_argument("--commit", default=_commit(), help="where this is no clone of git")
+    options = parser.parse_args(arguments)
+    if options.device == "cpu" and options.out is None:
+        parser.error("--device cpu: expected --out FOLDER, since this is no record of a GPU")
+    return options
+
+
+def _commit() -> str:
+    """The commit of the working tree, and whether files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty= with changes"]
+    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or "unknown"
+
+
+def _short(gpu: str) -> str:
+    """ "h200" for "NVIDIA H200", "h100-80gb-hbm3" for "NVIDIA H100 80GB HBM3"."""
+    return gpu.removeprefix("NVIDIA ").lower().replace(" ", "-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

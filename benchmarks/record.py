@@ -1,0 +1,48 @@
+"""A record: what one machine measured, in a folder.
+
+`results.json` has the `device` type, facts of the `machine`, and `parts` by name; a part has the
+`commit` and `date` of its run, its `seconds`, the `problem` that ended it or null, and what it
+`found`, as the functions of `benchmarks.report_parts` hand it over.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+RESULTS = "results.json"
+
+
+def read(folder: Path) -> dict:
+    """The record in a folder; a new one where there is none."""
+    path = folder / RESULTS
+    return json.loads(path.read_text()) if path.exists() else {"parts": {}}
+
+
+def write(record: dict, folder: Path) -> None:
+    (folder / RESULTS).write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def failures(record: dict) -> list[tuple[str, str]]:
+    """(part, what went wrong): parts that did not end well, and results of ours that were wrong."""
+    found = []
+    for name, part in record["parts"].items():
+        if part["problem"] is not None:
+            found.append((name, part["problem"]))
+        found += [(name, wrong) for row in part["found"] for wrong in row.get("wrong", ())]
+        found += [
+            (name, f"{row['tests']}: not all tests were through in time")
+            for row in part["found"]
+            if row.get("complete") is False
+        ]
+    return found
+
+
+def left_out(record: dict) -> list[tuple[str, str, str]]:
+    """(part, what, why) of all that was not measured though it is known."""
+    return [
+        (name, what, why)
+        for name, part in record["parts"].items()
+        for row in part["found"]
+        for what, why in row.get("left_out", {}).items()
+    ]
