@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from tests.training.conftest import EVERY, STEPS
-from training import checkpoint, metrics, pretrain
+from training import checkpoint, metrics, static_step
 from training.run import StopSignal
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,8 +62,8 @@ def interrupt_once(monkeypatch, owner, name: str, call: int, signum: int) -> Non
     [
         (metrics, "mean_loss", 1),
         (checkpoint.CheckpointWriter, "_write", 0),
-        (pretrain, "train_step", 4),
-        (pretrain, "train_step", STEPS - 1),
+        (static_step, "train_step", 4),
+        (static_step, "train_step", STEPS - 1),
     ],
     ids=["evaluation", "save", "update", "last-update"],
 )
@@ -88,7 +88,7 @@ def test_row29_an_interrupted_lstm_goes_on_to_the_same_bits(
     run, whole_lstm, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        interrupt_once(patch, pretrain, "train_step", 4, signal.SIGTERM)
+        interrupt_once(patch, static_step, "train_step", 4, signal.SIGTERM)
         with pytest.raises(SystemExit):
             run(tmp_path, backbone="lstm")
     run(tmp_path, backbone="lstm")
@@ -229,7 +229,7 @@ def test_row29_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 def test_row29_a_vanished_text_is_named_and_nothing_is_lost(run, corpus, tmp_path, monkeypatch):
     shutil.copytree(corpus, tmp_path / "text")
     with monkeypatch.context() as patch:
-        interrupt_once(patch, pretrain, "train_step", 4, signal.SIGTERM)
+        interrupt_once(patch, static_step, "train_step", 4, signal.SIGTERM)
         with pytest.raises(SystemExit):
             run(tmp_path / "run", data=(str(tmp_path / "text"),))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
