@@ -20,7 +20,7 @@ QUICK = {
 COUNTED = [
     pytest.param(
         backend, name, marks=() if name in QUICK[backend] else pytest.mark.full,
-        id=f"{backend}, {name}",
+        id=f"{backend}-{name.replace(' ', '-')}",
     )
     for backend in traffic.COUNTING
     for name, call in traffic.CALLS.items()

@@ -39,7 +39,7 @@ def _lines():
             for name in [*SIDES, *[PRODUCTS] * (each == "step")]:
                 yield pytest.param(
                     (size, dtype, dropout, passes), each, name, marks=marks,
-                    id=f"{size.name}, {dtype}, dropout {dropout}, {each}, {name}",
+                    id=f"{size.name}-{dtype}-dropout{dropout}-{each}-{name.replace(' ', '-')}",
                 )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.cases import Case, seed
 from gpt1_kernels import ops, use_backend
 from gpt1_kernels.backends import unavailable_reason
-from gpt1_kernels.ops.attention import _CausalAttentionQKVPacked
 
 BACKENDS = ("triton", "cuda", "portable")  # `cuda_host` and Triton's interpreter are for tests
 EPS = 1e-5
@@ -89,7 +88,7 @@ def _attention(case, qkv):
 
 def _attention_of_bits(backend, case, qkv):
     bits = _bits(backend, case, qkv.device)
-    return _CausalAttentionQKVPacked.apply(qkv, case.H, bits, None, case.D**-0.5, case.p, backend)
+    return ops.causal_attention_qkvpacked(qkv, case.H, dropout_p=case.p, keep_bits=bits)
 
 
 @lru_cache(maxsize=len(BACKENDS))
