@@ -42,6 +42,7 @@ class LSTMBlock(nn.Module):
         row_offset: int,
         first_key: Tensor | None,
         cache: LayerCache | None = None,
+        keep_bits: None = None,
     ) -> Tensor:  # (B, T, C)
         if first_key is not None:
             torch._assert_async(
@@ -65,6 +66,11 @@ class LSTMModel(GPT1Model):
     """
 
     block_class = LSTMBlock
+
+    def _attention_bits(
+        self, shape: torch.Size, seeds: Tensor | None, row_offset: int
+    ) -> list[None]:
+        return [None for _ in self.h]
 
 
 class LSTMLMHeadModel(GPT1LMHeadModel):
