@@ -268,7 +268,7 @@ def host(plan: Plan, emit: Emit) -> None:
 class Part:
     run: Callable[[Plan, Emit], None]
     seconds: float
-    """That it may take."""
+    """That it may take on a GPU."""
 
 
 PARTS = {
