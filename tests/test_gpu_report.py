@@ -18,7 +18,6 @@ from benchmarks.report_parts import PARTS, ROOT, TINY
 from benchmarks.targets import TARGETS, Measured
 from gpt1_kernels.backends.cuda import extension
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of SDPA, saying why it raises
 
 
