@@ -15,7 +15,8 @@ class ErrorRecord:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.host = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self.host = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._values = self.host.numpy()  # the same memory, read at every op call
 
     def note(self, ids: Tensor, valid: Tensor) -> None:
@@ -23,6 +24,8 @@ class ErrorRecord:
 
         The record is read when the stream comes to it: kernels launched before have written theirs.
         """
+        if ids.numel() == 0:
+            return
         invalid = ~valid.flatten()
         found = torch.stack([invalid.any().long(), ids.flatten()[invalid.long().argmax()].long()])
         recorded = self.host.to(self.device, non_blocking=True)

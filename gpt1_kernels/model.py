@@ -170,8 +170,8 @@ class GPT1Model(nn.Module, PretrainedMixin):
                 raise ValueError("cache: the model is in training, expected eval()")
             if past:
                 first_key = cache.first_key
-            elif mask is not None:
-                torch._assert_async(mask[:, -1].all(), "attention_mask: padding on the right")
+            elif mask is not None and not mask[:, -1].all():
+                raise ValueError("attention_mask: padding on the right, expected on the left")
             cache.first_key = first_key
         if past and position_ids is None:
             position_ids = torch.arange(past, past + length, device=self.tokens_embed.weight.device)

@@ -25,7 +25,7 @@ struct Heads {
           stride_t(std::get<3>(array)),
           stride_h(std::get<4>(array)) {}
 
-    __device__ __forceinline__ explicit operator bool() const { return static_cast<bool>(x); }
+    __host__ __device__ __forceinline__ explicit operator bool() const { return static_cast<bool>(x); }
 };
 
 /// What a call of attention is about, beside its tensors of heads.

@@ -81,7 +81,7 @@ public:
     Global() = default;
     explicit Global(Array array) : data_(reinterpret_cast<T*>(array.first)) {}
 
-    __device__ __forceinline__ explicit operator bool() const { return data_ != nullptr; }
+    __host__ __device__ __forceinline__ explicit operator bool() const { return data_ != nullptr; }
 
     __device__ __forceinline__ std::remove_const_t<T> load(
         std::int64_t i, bool mask = true, Site = Site::current()) const {

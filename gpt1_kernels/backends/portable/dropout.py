@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -30,11 +30,12 @@ def dropout_mask(
     batch, heads, queries, keys = shape
     words = (keys + 31) // 32
     bits = torch.empty(batch * heads, queries, words, dtype=torch.int32, device=seed.device)
+    arange = partial(torch.arange, device=seed.device)
     for start in range(0, queries, QUERIES_PER_CHUNK):
         stop = min(start + QUERIES_PER_CHUNK, queries)
         visible = stop + keys - queries
-        first_rows = row_offset + queries * torch.arange(batch * heads).unsqueeze(1)
-        numbers = (first_rows + torch.arange(start, stop)).flatten()
+        first_rows = row_offset + queries * arange(batch * heads).unsqueeze(1)
+        numbers = (first_rows + arange(start, stop)).flatten()
         chunk = _keep(seed, numbers, visible, p)
         packed = rng.pack_bits(chunk) if seed.is_cuda else _pack(chunk)
         needed = packed.shape[-1]
@@ -50,12 +51,13 @@ def multiplier(keep: Tensor, p: float) -> Tensor:
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float, row_offset: int) -> Tensor:
     """bool (rows, columns), True keeps."""
-    return _keep(seed, torch.arange(row_offset, row_offset + rows), columns, p)
+    return _keep(
+        seed, torch.arange(row_offset, row_offset + rows, device=seed.device), columns, p
+    )
 
 
 def _keep(seed: Tensor, row_numbers: Tensor, columns: int, p: float) -> Tensor:
     if seed.is_cuda:
-        row_numbers = row_numbers.to(seed.device, non_blocking=True)
         return rng.keep_mask_of_rows(seed, row_numbers, columns, p)
     words = seed.tolist()  # host: the seed of a CPU call is there
     key, site_and_step = (word & 0xFFFFFFFFFFFFFFFF for word in words)

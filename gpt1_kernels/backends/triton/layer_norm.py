@@ -28,8 +28,12 @@ def _load_columns(ptr, column, column_mask):
 
 @triton.jit
 def _mean(x, C: tl.constexpr):
-    """(BLOCK_N, 1), the mean of each row whose elements beyond C are 0."""
-    return tl.sum(x, axis=1, keep_dims=True) / C
+    """(BLOCK_N, 1), the mean of each row whose elements beyond C are 0.
+
+    The quotient is rounded correctly: the mean of equal elements is that element.
+    """
+    total = tl.sum(x, axis=1, keep_dims=True)
+    return tl.div_rn(total, tl.full(total.shape, C, tl.float32))
 
 
 @triton.jit(do_not_specialize=["N", "row_offset", "threshold"])
