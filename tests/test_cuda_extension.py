@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gpt1_kernels import use_backend
 from gpt1_kernels.backends import cuda
 from gpt1_kernels.backends.cuda import extension
+from tests.cases import PARITY, cast, results
 
 IMPORT_WITHOUT_TORCH = """
 import importlib.util, sys
@@ -17,6 +19,18 @@ spec = importlib.util.spec_from_file_location("gpt1_kernels.{name}", {path!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 print(*module.versions())
+"""
+
+
+CALL_WITHOUT_A_GPU = """
+import sys
+from gpt1_kernels import _cuda
+for function, args in eval(sys.stdin.read(), {"inf": float("inf")}):
+    try:
+        getattr(_cuda, function)(*args, (0, 0))
+    except RuntimeError as error:
+        assert "CUDA driver" in str(error), error
+        print(function)
 """
 
 
@@ -59,6 +73,35 @@ def test_without_a_gpu_cuda_s_own_message_is_raised():
     built("cuda")
     with pytest.raises(RuntimeError, match=r"cudaGetDevice: .*(driver|device)"):
         extension.module("cuda").prepare(0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_every_launcher_comes_as_far_as_the_launch(monkeypatch):
+    """nvcc lets the host call what only a GPU has, and the process ends there without a word."""
+    built("cuda")
+    built("cuda_host")
+    host = extension.module("cuda_host")
+    calls = []
+
+    class Noting:
+        def __getattr__(self, function):
+            def noting(*args):
+                calls.append((function, args[:-1]))
+                return getattr(host, function)(*args)
+
+            return noting if not function.endswith("blocks") else getattr(host, function)
+
+    monkeypatch.setattr(extension, "_prepared", lambda backend, index: Noting())
+    first_and_last = {c.op: c for c in reversed(PARITY)}, {c.op: c for c in PARITY}
+    for case in (case for of_ops in first_and_last for case in of_ops.values()):
+        with use_backend("cuda_host"):
+            results(case.fused, cast(case, torch.bfloat16, torch.bfloat16))
+    run = subprocess.run(
+        [sys.executable, "-c", CALL_WITHOUT_A_GPU],
+        input=repr(calls), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [function for function, _ in calls]
 
 
 def test_the_host_module_says_that_it_is_for_tests():

@@ -86,7 +86,10 @@ def test_rows_that_overlap_and_addresses_off_16_bytes(bulk, on_path):
 def short_is_long(monkeypatch):
     """Splits sums of a few hundred terms; the interpreter is slow."""
     monkeypatch.setattr(launching, "LONG_SUM", 256)
-    monkeypatch.setattr(launching, "SHORTEST_SHARE", 2)
+    monkeypatch.setattr(launching, "PART_STEPS", 1)
+    launching.split_terms.cache_clear()
+    yield
+    launching.split_terms.cache_clear()
 
 
 @PATHS
@@ -94,7 +97,7 @@ def short_is_long(monkeypatch):
 @pytest.mark.parametrize("layout", ["row", "column"])
 @pytest.mark.parametrize("tiles", [1, 3])
 def test_long_sums_are_split(tiles, layout, dtype, bulk, on_path, short_is_long, launches):
-    """A weight's gradient: the parts of one tile, and of several that share programs."""
+    """A weight's gradient: the parts of one tile, and of several."""
     on_path(bulk)
     N = tiles * launching.product_tiles(dtype, torch.device(DEVICE)).BLOCK_N - 5
     a, b = operand(60, 300, dtype, layout), operand(300, N, dtype, "row")

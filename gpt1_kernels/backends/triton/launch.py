@@ -7,7 +7,6 @@ from sizes that stay the same from step to step, so that it can be cached and no
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -102,11 +101,11 @@ def cdiv(a: int, b: int) -> int:
 
 
 @cache
-def row_tiles(C: int, elements_per_thread: int) -> RowTiles:
-    """Whole rows in registers: 4 warps, and more once a single row exceeds their share."""
+def row_tiles(C: int, elements_per_thread: int, fewest_warps: int = 4) -> RowTiles:
+    """Whole rows in registers: few warps, and more once a single row exceeds their share."""
     BLOCK_C = max(16, triton.next_power_of_2(C))
-    BLOCK_N = max(1, min(64, 128 * elements_per_thread // BLOCK_C))
-    num_warps = max(4, min(32, BLOCK_C // (32 * elements_per_thread)))
+    BLOCK_N = max(1, min(64, 32 * fewest_warps * elements_per_thread // BLOCK_C))
+    num_warps = max(fewest_warps, min(32, BLOCK_C // (32 * elements_per_thread)))
     return RowTiles(BLOCK_N, BLOCK_C, num_warps)
 
 
@@ -157,9 +156,9 @@ def chunk_tiles(C: int) -> ChunkTiles:
 
 @cache
 def vocabulary_tiles(V: int) -> VocabularyTiles:
-    """16 elements a thread, and programs so large that the rows in flight fit L2."""
-    BLOCK_V = max(128, min(4096, triton.next_power_of_2(V)))
-    return VocabularyTiles(BLOCK_V, num_warps=max(1, BLOCK_V // (32 * 16)))
+    """32 elements a thread, and programs so large that the rows in flight fit L2."""
+    BLOCK_V = max(128, min(8192, triton.next_power_of_2(V)))
+    return VocabularyTiles(BLOCK_V, num_warps=max(1, BLOCK_V // (32 * 32)))
 
 
 BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
@@ -189,8 +188,11 @@ LARGE_TILES_SHARED_MEMORY = 200 * 1024
 LONG_SUM = 4096
 """Sums of fewer terms are not split: their parts would weigh too much."""
 
-SHORTEST_SHARE = 16
-"""Steps along K that a program takes at the least."""
+MOST_CHUNKS = 16
+"""Into which a sum is split."""
+
+PART_STEPS = 16
+"""Steps along K in whose time a part is written, and read by the kernel that adds the parts."""
 
 
 @cache
@@ -201,16 +203,23 @@ def product_tiles(dtype: torch.dtype, device: torch.device) -> ProductTiles:
     return LARGE_TILES if shared_memory(device) >= LARGE_TILES_SHARED_MEMORY else SMALL_TILES
 
 
-def split_programs(tiles: int, K: int, config: ProductTiles, device: torch.device) -> int:
-    """How many programs share the sums of a product, or 0 if each tile is one program's.
+@cache
+def split_terms(tiles: int, K: int, config: ProductTiles, device: torch.device) -> int:
+    """How many of a sum's K terms a program takes at a time; all of them unless it pays to split.
 
-    Splitting pays where a long sum has so few tiles that a tenth of the chip would stand idle.
+    Where a long sum has so few tiles that they fill no whole waves of the chip, those of several
+    chunks of terms do.
     """
-    waves = tiles / processors(device)
-    if K < LONG_SUM or waves >= 0.9 * math.ceil(waves):
-        return 0
-    steps = tiles * cdiv(K, config.BLOCK_K)
-    return min(processors(device), steps // SHORTEST_SHARE)
+    steps = cdiv(K, config.BLOCK_K)
+    if K < LONG_SUM:
+        return K
+
+    def steps_in_turn(chunks: int) -> int:
+        waves = cdiv(tiles * chunks, processors(device))
+        return waves * (cdiv(steps, chunks) + PART_STEPS * (chunks > 1))
+
+    chunks = min(range(1, min(MOST_CHUNKS, steps) + 1), key=steps_in_turn)
+    return cdiv(steps, chunks) * config.BLOCK_K
 
 
 def chunk_rows(C: int, V: int, dtype: torch.dtype, device: torch.device) -> int:

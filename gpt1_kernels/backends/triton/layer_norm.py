@@ -234,7 +234,7 @@ def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_t
     mean = x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if N > 0:
-        tiles = row_tiles(C, elements_per_thread=16)
+        tiles = row_tiles(C, elements_per_thread=64, fewest_warps=1)
         programs = resident_programs(cdiv(N, tiles.BLOCK_N), 8, x.device)
         x, stride_xn = by_rows(x)
         residual, stride_rn = (None, 0) if residual is None else by_rows(residual)
@@ -259,7 +259,7 @@ def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     )
     if total.numel() == 0:
         return dx, dtotal, *(s.zero_() for s in sums)
-    tiles = row_tiles(C, elements_per_thread=8)
+    tiles = row_tiles(C, elements_per_thread=16, fewest_warps=2)
     programs = resident_programs(cdiv(N, tiles.BLOCK_N), 8, dy.device)
     needed = [s for s, need in zip(sums, needs[2:], strict=True) if need]
     partials = dy.new_empty(len(needed), programs, C, dtype=torch.float32)
