@@ -52,8 +52,8 @@ def gelu_ffn(rows: int, dtype: torch.dtype) -> list:
     x, dy, pre = _new(dtype, rows, C), _new(dtype, rows, C), _new(dtype, rows, F)
     w_fc, w_proj = _new(dtype, C, F), _new(dtype, F, C)
     return [
-        _call("gelu_ffn", "fwd", x, w_fc, _new(dtype, F), w_proj, _new(dtype, C), True),
-        _call("gelu_ffn", "bwd", dy, x, pre, w_fc, w_proj, [True] * 5),
+        _call("gelu_ffn", "fwd", x, w_fc, _new(dtype, F), w_proj, _new(dtype, C), [True] * 2),
+        _call("gelu_ffn", "bwd", dy, x, pre, pre, w_fc, w_proj, [True] * 5),
     ]
 
 

@@ -96,9 +96,9 @@ def gelu_ffn_fwd(N: int, C: int, F: int, s: int, p: int) -> Floor:
 
 
 def gelu_ffn_bwd(N: int, C: int, F: int, s: int, p: int) -> Floor:
-    """dy, x, the pre-activation and weights → gradients; du and GELU pass between the products."""
+    """dy, x, the pre-activation, its GELU, weights → gradients; du passes between the products."""
     parameters = 4 * C * F * s + (F + C) * p
-    return Floor((3 * N * C + N * F + 4 * N * F) * s + parameters, 8 * N * C * F)
+    return Floor((3 * N * C + 2 * N * F + 2 * N * F) * s + parameters, 8 * N * C * F)
 
 
 def linear_cross_entropy(N: int, C: int, V: int, s: int) -> Floor:

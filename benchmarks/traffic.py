@@ -297,9 +297,9 @@ def _gelu_ffn(direction: str, C: int, F: int) -> Callable:
         run = kernel(backend, "gelu_ffn", f"gelu_ffn_{direction}")
         if direction == "fwd":
             b_fc, b_proj = torch.randn(F, dtype=DTYPE), torch.randn(C, dtype=DTYPE)
-            return lambda: run(x, w_fc, b_fc, w_proj, b_proj, True)
-        pre = torch.randn(N, F, dtype=DTYPE)
-        return lambda: run(dy, x, pre, w_fc, w_proj, [True] * 5)
+            return lambda: run(x, w_fc, b_fc, w_proj, b_proj, [True] * 2)
+        pre, hidden = torch.randn(2, N, F, dtype=DTYPE)
+        return lambda: run(dy, x, pre, hidden, w_fc, w_proj, [True] * 5)
 
     return prepare
 

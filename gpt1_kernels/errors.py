@@ -27,7 +27,8 @@ class ErrorRecord:
         if ids.numel() == 0:
             return
         invalid = ~valid.flatten()
-        found = torch.stack([invalid.any().long(), ids.flatten()[invalid.long().argmax()].long()])
+        first = ids.flatten().gather(0, invalid.long().argmax(0, keepdim=True))  # no index waits
+        found = torch.cat([invalid.any(0, keepdim=True).long(), first.long()])
         recorded = self.host.to(self.device, non_blocking=True)
         self.host.copy_(torch.where(recorded[0] == 0, found, recorded), non_blocking=True)
 

@@ -1,10 +1,11 @@
 """The feed-forward network: y = gelu_tanh(x W₁ + b₁) W₂ + b₂.
 
 gelu_tanh(u) = ½ u (1 + tanh(√(2/π) (u + 0.044715 u³))), Hendrycks & Gimpel 2016. Weights are
-(in, out) as OpenAI stores them. The pre-activation u is kept for backward, its GELU is not:
+(in, out) as OpenAI stores them. Backward is given the pre-activation u, and its GELU g, which
+forward writes in any case:
 
     dg = dy W₂ᵀ,   du = dg ∘ gelu'(u),   dx = du W₁ᵀ
-    dW₁ = xᵀ du,   db₁ = Σ du,   dW₂ = gelu(u)ᵀ dy,   db₂ = Σ dy
+    dW₁ = xᵀ du,   db₁ = Σ du,   dW₂ = gᵀ dy,   db₂ = Σ dy
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from gpt1_kernels.ops._library import (
 )
 
 
-def _fake_fwd(x, w_fc, b_fc, w_proj, b_proj, save_pre, backend):
-    pre = x.new_empty([prod(x.shape[:-1]), w_fc.shape[1]] if save_pre else [0])
-    return x.new_empty([*x.shape[:-1], w_proj.shape[1]]), pre
+def _fake_fwd(x, w_fc, b_fc, w_proj, b_proj, save, backend):
+    shape = prod(x.shape[:-1]), w_fc.shape[1]
+    pre, hidden = (x.new_empty(shape if saved else [0]) for saved in save)
+    return x.new_empty([*x.shape[:-1], w_proj.shape[1]]), pre, hidden
 
 
-def _fake_bwd(dy, x, pre, w_fc, w_proj, needs, backend):
+def _fake_bwd(dy, x, pre, hidden, w_fc, w_proj, needs, backend):
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     return (
         x.new_empty(x.shape if need_x else [0]),
@@ -47,13 +49,13 @@ def _fake_bwd(dy, x, pre, w_fc, w_proj, needs, backend):
 _gelu_ffn_fwd = define(
     "gelu_ffn",
     "gelu_ffn_fwd(Tensor x, Tensor w_fc, Tensor b_fc, Tensor w_proj, Tensor? b_proj, "
-    "bool save_pre, str backend) -> (Tensor, Tensor)",
+    "bool[2] save, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_fwd,
 )
 _gelu_ffn_bwd = define(
     "gelu_ffn",
-    "gelu_ffn_bwd(Tensor dy, Tensor x, Tensor pre, Tensor w_fc, Tensor w_proj, bool[5] needs, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gelu_ffn_bwd(Tensor dy, Tensor x, Tensor pre, Tensor hidden, Tensor w_fc, Tensor w_proj, "
+    "bool[5] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
 
@@ -61,11 +63,12 @@ _gelu_ffn_bwd = define(
 class _GeluFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, backend):
-        save_pre = any(ctx.needs_input_grad)
+        need_x, need_w_fc, need_b_fc, need_w_proj, *_ = ctx.needs_input_grad
+        save = need_x or need_w_fc or need_b_fc, need_w_proj
         x, b_fc, b_proj = map(last_contiguous, (x, b_fc, b_proj))
         w_fc, w_proj = matrix(w_fc), matrix(w_proj)
-        y, pre = _gelu_ffn_fwd(x, w_fc, b_fc, w_proj, b_proj, save_pre, backend)
-        ctx.save_for_backward(x, pre, w_fc, w_proj)
+        y, *saved = _gelu_ffn_fwd(x, w_fc, b_fc, w_proj, b_proj, save, backend)
+        ctx.save_for_backward(x, *saved, w_fc, w_proj)
         ctx.backend = backend
         return y
 

@@ -1,7 +1,7 @@
 """The feed-forward network: six products, with GELU, biases and dGELU in their epilogues.
 
-As in backends/triton/ffn.py, forward keeps the pre-activation u and lets go of gelu(u), which the
-epilogue of dy W₂ᵀ writes once more for dW₂. csrc/ffn/ has the epilogues.
+As in backends/triton/ffn.py, forward keeps the pre-activation u and gelu(u). csrc/ffn/ has the
+epilogues.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def gelu_ffn_fwd(
     b_fc: Tensor,  # (F,)
     w_proj: Tensor,  # (F, C')
     b_proj: Tensor | None,  # (C',)
-    save_pre: bool,
-) -> tuple[Tensor, Tensor]:
+    save: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    save_pre, save_hidden = save
     shape, x = x.shape[:-1], as_matrix(x)
     N, (F, C_out) = len(x), w_proj.shape
     if _needs_padding(w_fc, w_proj):
         weights = map(padded, (w_fc, b_fc, w_proj, b_proj))
-        y, pre = gelu_ffn_fwd(padded(x)[:N], *weights, save_pre)
-        return _first(y, N, C_out).view(*shape, C_out), _first(pre, N, F)
+        y, *saved = gelu_ffn_fwd(padded(x)[:N], *weights, save)
+        return _first(y, N, C_out).view(*shape, C_out), *(_first(t, N, F) for t in saved)
 
     x = aligned(x)
     hidden = x.new_empty(N, F)
@@ -57,13 +58,14 @@ def gelu_ffn_fwd(
         matmul(
             hidden, w_proj, as_matrix(y), bias=None if b_proj is None else aligned(b_proj[None])[0]
         )
-    return y, pre
+    return y, pre, hidden if save_hidden else x.new_empty(0)
 
 
 def gelu_ffn_bwd(
     dy: Tensor,  # (..., C')
     x: Tensor,  # (..., C)
     pre: Tensor,  # (N, F)
+    hidden: Tensor,  # (N, F), its GELU
     w_fc: Tensor,  # (C, F)
     w_proj: Tensor,  # (F, C')
     needs: list[bool],
@@ -71,13 +73,13 @@ def gelu_ffn_bwd(
     shape, dy, x = x.shape, as_matrix(dy), as_matrix(x)
     N, (C, F), C_out = len(x), w_fc.shape, w_proj.shape[1]
     if _needs_padding(w_fc, w_proj):
-        rows = (padded(t)[:N] for t in (dy, x, pre))
+        rows = (padded(t)[:N] if t.dim() > 1 else t for t in (dy, x, pre, hidden))
         grads = gelu_ffn_bwd(*rows, padded(w_fc), padded(w_proj), needs)
         sizes = (N, C), (C, F), (F,), (F, C_out), (C_out,)
         dx, *rest = (_first(g, *size) for g, size in zip(grads, sizes, strict=True))
         return dx.view(shape) if needs[0] else dx, *rest
 
-    dy, x, pre = map(aligned, (dy, x, pre.contiguous()))
+    dy, x, pre = aligned(dy), aligned(x), pre.contiguous()
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     need_dpre = need_x or need_w_fc
     dx = x.new_empty(shape if need_x else 0)
@@ -89,18 +91,15 @@ def gelu_ffn_bwd(
         return dx, dw_fc.zero_(), db_fc.zero_(), dw_proj.zero_(), db_proj.zero_()
 
     dpre = torch.empty_like(pre) if need_dpre else None
-    hidden = torch.empty_like(pre) if need_w_proj else None
     partial_db = None
     if need_b_fc:
         partial_db = pre.new_empty(-(-N // SUMMED_ROWS), F, dtype=torch.float32)
-    if need_dpre or need_b_fc or need_w_proj:
-        # Where only gelu(u) is needed, a product without terms leaves just the epilogue.
-        terms = C_out if need_dpre or need_b_fc else 0
+    if need_dpre or need_b_fc:
         b, b_transposed = operand(w_proj.t())
         launch(
             "dgelu_product", dy, DTYPE_CODES[dy.dtype],
-            matrix(dy[:, :terms]), matrix(b), b_transposed,
-            matrix(pre), view(dpre), view(hidden), view(partial_db),
+            matrix(dy), matrix(b), b_transposed,
+            matrix(pre), view(dpre), view(None), view(partial_db),
         )  # fmt: skip
     if need_b_fc:
         db_fc = column_sums(partial_db)

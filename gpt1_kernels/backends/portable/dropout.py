@@ -51,9 +51,7 @@ def multiplier(keep: Tensor, p: float) -> Tensor:
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float, row_offset: int) -> Tensor:
     """bool (rows, columns), True keeps."""
-    return _keep(
-        seed, torch.arange(row_offset, row_offset + rows, device=seed.device), columns, p
-    )
+    return _keep(seed, torch.arange(row_offset, row_offset + rows, device=seed.device), columns, p)
 
 
 def _keep(seed: Tensor, row_numbers: Tensor, columns: int, p: float) -> Tensor:

@@ -17,18 +17,22 @@ def gelu_ffn_fwd(
     b_fc: Tensor,  # (F,)
     w_proj: Tensor,  # (F, C)
     b_proj: Tensor | None,  # (C,)
-    save_pre: bool,
-) -> tuple[Tensor, Tensor]:
+    save: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     pre = linear(as_matrix(x), w_fc.t(), b_fc.to(x.dtype))
     hidden = gelu(pre, approximate="tanh")
     y = linear(hidden, w_proj.t(), None if b_proj is None else b_proj.to(x.dtype))
-    return y.view(*x.shape[:-1], w_proj.shape[1]), pre if save_pre else x.new_empty(0)
+    pre, hidden = (
+        t if saved else x.new_empty(0) for t, saved in zip((pre, hidden), save, strict=True)
+    )
+    return y.view(*x.shape[:-1], w_proj.shape[1]), pre, hidden
 
 
 def gelu_ffn_bwd(
     dy: Tensor,  # (..., C)
     x: Tensor,  # (..., C)
     pre: Tensor,  # (N, F)
+    hidden: Tensor,  # (N, F), its GELU
     w_fc: Tensor,
     w_proj: Tensor,
     needs: list[bool],
@@ -39,7 +43,7 @@ def gelu_ffn_bwd(
     dx = dw_fc = dw_proj = x.new_empty(0)
     db_fc = db_proj = x.new_empty(0, dtype=torch.float32)
     if need_w_proj:
-        dw_proj = gelu(pre, approximate="tanh").t() @ dy
+        dw_proj = hidden.t() @ dy
     if need_b_proj:
         db_proj = dy.sum(0, dtype=torch.float32)
     if need_x or need_w_fc or need_b_fc:

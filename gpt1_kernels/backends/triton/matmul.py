@@ -33,7 +33,7 @@ from gpt1_kernels.backends.triton.launch import (
     split_terms,
 )
 
-STRIP = tl.constexpr(32)
+STRIP = tl.constexpr(64)
 """An epilogue is given a tile this many columns at a time, which spares registers."""
 
 
@@ -188,8 +188,10 @@ def split_matmul_kernel(
             a, b, M, N, K, first_m, first_n, first_k, chunk,
             A_TRANSPOSED, B_TRANSPOSED, A_BULK, B_BULK, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        m, n = tile_indices(acc, part * BLOCK_M, 0)
-        tl.store(parts_ptr + m * BLOCK_N + n, acc)
+        strips = _strips(acc)
+        for index in tl.static_range(len(strips)):
+            m, n = tile_indices(strips[index], part * BLOCK_M, index * STRIP)
+            tl.store(parts_ptr + m * BLOCK_N + n, strips[index])
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
