@@ -6,6 +6,8 @@ memory a layer than u alone, and the epilogue of dy W₂ᵀ need not write gelu(
 an H100 a quarter of that product's time.
 
 The tanh is a sigmoid: gelu_tanh(u) = ½ u (1 + tanh z) = u σ(2z), which loses no digits for small u.
+Each of its steps is one instruction: `tl.exp2` is, while `tl.exp` takes care of subnormal results,
+and the square of `tl.rsqrt` is a reciprocal, while a division takes care of subnormal divisors.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ from gpt1_kernels.backends.triton.launch import cdiv, product_tiles
 from gpt1_kernels.backends.triton.matmul import matmul, product, store_product, tile_indices
 from gpt1_kernels.backends.triton.partials import sum_partials, sum_rows
 
-TWICE_SQRT_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
-CUBIC = tl.constexpr(0.044715)
+_LINEAR, _CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715  # of 2z
+LINEAR, THRICE_CUBIC = tl.constexpr(_LINEAR), tl.constexpr(3 * _CUBIC)
+LINEAR_2, CUBIC_2 = (tl.constexpr(-c * math.log2(math.e)) for c in (_LINEAR, _CUBIC))
 
 
 @triton.jit
 def _gelu_gate(u):
     """σ(2z) with z = √(2/π) (u + 0.044715 u³)."""
-    return 1.0 / (1.0 + tl.exp(-u * (1.0 + u * u * CUBIC) * TWICE_SQRT_2_OVER_PI))
+    root = tl.rsqrt(1.0 + tl.exp2(u * (LINEAR_2 + CUBIC_2 * (u * u))))
+    return root * root
 
 
 @triton.jit
@@ -61,8 +65,8 @@ def dgelu_product(acc, first_m, first_n, M, N, stride, tensors):
     offset = m * stride + n
     u = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     gate = _gelu_gate(u)
-    slope = (1.0 + u * u * (3 * CUBIC)) * TWICE_SQRT_2_OVER_PI  # of 2z
-    dpre = acc * (gate + u * slope * gate * (1.0 - gate))
+    slope = LINEAR + THRICE_CUBIC * (u * u)  # of 2z
+    dpre = acc * (gate * (1.0 + u * slope * (1.0 - gate)))
     if dpre_ptr is not None:
         tl.store(dpre_ptr + offset, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
     if partial_db_ptr is not None:
