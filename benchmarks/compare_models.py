@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -84,19 +85,21 @@ def compare_models(
     torch.compiler.reset()
     input_ids, full, plain = size.draw(device), size.config(dropout), size.config(0.0)
     expected = oracle(plain, input_ids[:2])
-    calls, problems = {}, {}
+    calls, tokens, problems = {}, {}, {}
     for name, side in sides.items():
         try:
             check(side, plain, dtype, input_ids[:2], expected)
-            made = make_calls(side, full, dtype, input_ids)
-            made[passes[-1]]()  # whether it fits
-            calls[name] = made
+            calls[name], tokens[name] = _fitting_calls(side, full, dtype, input_ids, passes[-1])
         except Exception as problem:  # a peer may raise anything; the others are timed all the same
             problems[name] = problem
     products = bare_products(full, dtype, input_ids)
-    tokens = input_ids.numel()
-    flops = model_flops(tokens, size.T, full.n_embd, full.vocab_size, full.n_layer)
+    tokens[PRODUCTS] = input_ids.numel()
     results = {}
+
+    def flops(name: str, each: str) -> int:
+        all_of_it = model_flops(tokens[name], size.T, full.n_embd, full.vocab_size, full.n_layer)
+        return all_of_it // 3 if each == "forward" else all_of_it
+
     for each in passes:
         functions = {name: call[each] for name, call in calls.items()}
         if each == "step":
@@ -104,12 +107,29 @@ def compare_models(
         seconds = samples(functions, device, rounds)
         results[each] = [
             ModelResult(
-                name, _kind(sides.get(name)), tuple(seconds[name]), tokens,
-                flops // 3 if each == "forward" else flops, peak_memory(function, device),
+                name, _kind(sides.get(name)), tuple(seconds[name]), tokens[name],
+                flops(name, each), peak_memory(function, device),
             )
             for name, function in functions.items()
         ]  # fmt: skip
     return ModelComparison(results, problems)
+
+
+def _fitting_calls(
+    side: Side, config: GPT1Config, dtype: str, input_ids: Tensor, largest: str
+) -> tuple[dict[str, Callable[[], Tensor]], int]:
+    """The calls on the sequences that fit the memory, all or half or a quarter; their tokens."""
+    while True:
+        try:
+            calls = make_calls(side, config, dtype, input_ids)
+            calls[largest]()
+        except torch.OutOfMemoryError:
+            if len(input_ids) == 1:
+                raise
+        else:
+            return calls, input_ids.numel()
+        input_ids = input_ids[: len(input_ids) // 2]
+        gc.collect()
 
 
 def check(

@@ -87,24 +87,24 @@ class ModelFigures:
     """MFU: the FLOPs a second that the model needs, over the ceiling."""
     times_best_peer: float | None
     times_transformers: float | None
-    """The eager one's time over this one's."""
+    """The eager one's time for a token over this one's."""
     peak_bytes: int | None
 
 
 def model_figures(results: Sequence[ModelResult], rate: float) -> list[ModelFigures]:
     """Of the results of one size and pass; `rate` is the ceiling, FLOPs a second."""
-    medians = {r.implementation: r.timing.median for r in results}
-    best_peer = min((medians[r.implementation] for r in results if r.kind == "peer"), default=None)
-    eager = medians.get("transformers")
+    rates = {r.implementation: r.tokens / r.timing.median for r in results}
+    best_peer = max((rates[r.implementation] for r in results if r.kind == "peer"), default=None)
+    eager = rates.get("transformers")
     return [
         ModelFigures(
             implementation=r.implementation,
             **_spread(r.timing),
-            tokens_per_s=r.tokens / r.timing.median,
+            tokens_per_s=rates[r.implementation],
             flops_per_s=r.flops / r.timing.median,
             utilisation=r.flops / r.timing.median / rate,
-            times_best_peer=best_peer and best_peer / r.timing.median,
-            times_transformers=eager and eager / r.timing.median,
+            times_best_peer=best_peer and rates[r.implementation] / best_peer,
+            times_transformers=eager and rates[r.implementation] / eager,
             peak_bytes=r.peak_bytes,
         )
         for r in results

@@ -324,3 +324,25 @@ def test_a_side_that_is_another_model_is_refused(monkeypatch, change, message):
     expected = compare_models.oracle(config, ids)
     with pytest.raises(AssertionError, match=message):
         compare_models.check(Side("plain PyTorch"), config, "fp32", ids, expected)
+
+
+def test_a_side_takes_as_many_sequences_as_fit(monkeypatch):
+    size = Size(
+        "tiny", B=6, T=8, overrides={"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    )
+    make_calls = train_step.make_calls
+
+    def making(side, config, dtype, input_ids):
+        if side.library == "plain PyTorch" and len(input_ids) > 2:
+            raise torch.OutOfMemoryError
+        return make_calls(side, config, dtype, input_ids)
+
+    monkeypatch.setattr(compare_models, "make_calls", making)
+    sides = {"ours": Side("gpt1_kernels"), "plain": Side("plain PyTorch")}
+    found = compare_models.compare_models(size, "fp32", 0.0, "cpu", ("step",), 1, sides)
+    ours, plain, products = found.results["step"]
+    assert not found.problems
+    assert (ours.tokens, plain.tokens, products.tokens) == (48, 8, 48)
+    assert ours.flops == 6 * plain.flops
+    line = model_figures([ours, replace(plain, seconds=ours.seconds)], rate=1e9)[0]
+    assert line.times_best_peer == pytest.approx(6)
