@@ -78,13 +78,18 @@ GPU = Plan(
     device="cuda", dtype="bf16", cases=cases.GPT1, size=GPT1,
     sides={
         **{f"gpt1_kernels, {b}": Side("gpt1_kernels", backend=b) for b in BACKENDS},
-        **{name: side for name, side in SIDES.items() if side.library != "gpt1_kernels"},
+        **{name: side for name, side in SIDES.items() if side.compiled},
+        "transformers": SIDES["transformers"],  # last: it takes what memory there is
     },
     captured_sides={
         f"gpt1_kernels, {b}, CUDA graph": Side("gpt1_kernels", backend=b, captured=True)
         for b in BACKENDS
     },
-    backends=BACKENDS, parity=tuple(f"{b} and {op}" for b in BACKENDS for op in PARITY),
+    backends=BACKENDS,
+    parity=(
+        *(f"cuda and {op}" for op in PARITY),
+        *(f"triton and {op} and {dtype}" for op in PARITY for dtype in ("float32", "not float32")),
+    ),
     parity_seconds=90, compiles=True,
     rounds=30, step_rounds=15, host_rounds=600,
 )  # fmt: skip
