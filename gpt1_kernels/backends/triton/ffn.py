@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gpt1_kernels.backends.rows import as_matrix
 from gpt1_kernels.backends.triton.launch import cdiv, product_tiles
-from gpt1_kernels.backends.triton.matmul import matmul, product, store_product, tile_indices
+from gpt1_kernels.backends.triton.matmul import matmul, product, store_product, strip_indices
 from gpt1_kernels.backends.triton.partials import sum_partials, sum_rows
 
 _LINEAR, _CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715  # of 2z
@@ -37,41 +37,42 @@ def _gelu_gate(u):
 
 
 @triton.jit
-def gelu_product(acc, first_m, first_n, M, N, stride, tensors):
+def gelu_product(strips, first_m, first_n, M, N, stride, tensors):
     """u = acc + bias; `tensors` is (gelu(u), bias (N,), u or None)."""
     hidden_ptr, bias_ptr, pre_ptr = tensors
-    m, n = tile_indices(acc, first_m, first_n)
-    mask = (m < M) & (n < N)
-    offset = m * stride + n
-    acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    # Backward sees the rounded u, so the GELU is that of the rounded u.
-    pre = acc.to(hidden_ptr.dtype.element_ty)
-    if pre_ptr is not None:
-        tl.store(pre_ptr + offset, pre, mask=mask)
-    u = pre.to(tl.float32)
-    hidden = u * _gelu_gate(u)
-    tl.store(hidden_ptr + offset, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+    for index in tl.static_range(len(strips)):
+        m, n = strip_indices(strips[index], index, first_m, first_n)
+        mask = (m < M) & (n < N)
+        offset = m * stride + n
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        # Backward sees the rounded u, so the GELU is that of the rounded u.
+        pre = (strips[index] + bias).to(hidden_ptr.dtype.element_ty)
+        if pre_ptr is not None:
+            tl.store(pre_ptr + offset, pre, mask=mask)
+        u = pre.to(tl.float32)
+        hidden = u * _gelu_gate(u)
+        tl.store(hidden_ptr + offset, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def dgelu_product(acc, first_m, first_n, M, N, stride, tensors):
+def dgelu_product(strips, first_m, first_n, M, N, stride, tensors):
     """du = acc ∘ gelu'(u); `tensors` is (u, du or None, sums or None).
 
     The sums of du over the rows of each tile are (M / BLOCK_M, N) in fp32.
     """
     pre_ptr, dpre_ptr, partial_db_ptr = tensors
-    m, n = tile_indices(acc, first_m, first_n)
-    mask = (m < M) & (n < N)
-    offset = m * stride + n
-    u = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    gate = _gelu_gate(u)
-    slope = LINEAR + THRICE_CUBIC * (u * u)  # of 2z
-    dpre = acc * (gate * (1.0 + u * slope * (1.0 - gate)))
-    if dpre_ptr is not None:
-        tl.store(dpre_ptr + offset, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
-    if partial_db_ptr is not None:
-        partial = first_m // acc.shape[0] * N + n
-        tl.store(partial_db_ptr + partial, tl.sum(dpre, axis=0, keep_dims=True), mask=n < N)
+    for index in tl.static_range(len(strips)):
+        m, n = strip_indices(strips[index], index, first_m, first_n)
+        mask = (m < M) & (n < N)
+        u = tl.load(pre_ptr + m * stride + n, mask=mask, other=0.0).to(tl.float32)
+        gate = _gelu_gate(u)
+        slope = LINEAR + THRICE_CUBIC * (u * u)  # of 2z
+        dpre = strips[index] * (gate * (1.0 + u * slope * (1.0 - gate)))
+        if dpre_ptr is not None:
+            tl.store(dpre_ptr + m * stride + n, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+        if partial_db_ptr is not None:
+            partial = first_m // dpre.shape[0] * N + n
+            tl.store(partial_db_ptr + partial, tl.sum(dpre, axis=0, keep_dims=True), mask=n < N)
 
 
 def gelu_ffn_fwd(
@@ -114,11 +115,11 @@ def gelu_ffn_bwd(
     dpre = torch.empty_like(pre) if need_dpre else None
     partial_db = None
     if need_b_fc:
-        row_tiles = cdiv(N, product_tiles(pre.dtype, pre.device).BLOCK_M)
+        row_tiles = cdiv(N, product_tiles(pre.dtype, pre.device, long_epilogue=True).BLOCK_M)
         partial_db = pre.new_empty(1, row_tiles, F, dtype=torch.float32)
 
     if need_dpre or need_b_fc:
-        product(dy, w_proj.t(), dgelu_product, (pre, dpre, partial_db))
+        product(dy, w_proj.t(), dgelu_product, (pre, dpre, partial_db), long_epilogue=True)
     if need_b_fc:
         sum_partials(partial_db, [db_fc])
     if need_w_proj:

@@ -183,7 +183,10 @@ SMALL_TILES = ProductTiles(128, 128, 32, GROUP_M=8, num_warps=8, num_stages=4)
 LARGE_TILES = ProductTiles(128, 256, 64, GROUP_M=8, num_warps=8, num_stages=3)
 """For data-centre chips from compute capability 9.0, fewer bytes read for each product."""
 
-LARGE_TILES_SHARED_MEMORY = 200 * 1024
+HALF_TILES = ProductTiles(128, 128, 64, GROUP_M=8, num_warps=4, num_stages=3)
+"""For the same chips, two programs to a processor: one multiplies during the other's epilogue."""
+
+LARGE_TILES_SHARED_MEMORY = 210 * 1024
 
 LONG_SUM = 4096
 """Sums of fewer terms are not split: their parts would weigh too much."""
@@ -196,11 +199,15 @@ PART_STEPS = 16
 
 
 @cache
-def product_tiles(dtype: torch.dtype, device: torch.device) -> ProductTiles:
+def product_tiles(
+    dtype: torch.dtype, device: torch.device, long_epilogue: bool = False
+) -> ProductTiles:
     """The tiles of all products of a dtype, whatever their sizes."""
     if dtype == torch.float32:
         return EXACT_TILES
-    return LARGE_TILES if shared_memory(device) >= LARGE_TILES_SHARED_MEMORY else SMALL_TILES
+    if shared_memory(device) < LARGE_TILES_SHARED_MEMORY:
+        return SMALL_TILES
+    return HALF_TILES if long_epilogue else LARGE_TILES
 
 
 @cache

@@ -26,7 +26,7 @@ from gpt1_kernels.backends.triton.launch import (
     row_tiles,
     vocabulary_tiles,
 )
-from gpt1_kernels.backends.triton.matmul import matmul, product, tile_indices
+from gpt1_kernels.backends.triton.matmul import matmul, product, strip_indices
 from gpt1_kernels.errors import error_record
 
 
@@ -45,11 +45,12 @@ def _log1p(x):
 
 
 @triton.jit
-def store_logits(acc, first_m, first_n, M, N, stride, tensors):
+def store_logits(strips, first_m, first_n, M, N, stride, tensors):
     """Whole rows, −inf beyond N, and so with 16-byte stores; `tensors` is (logits,)."""
-    m, n = tile_indices(acc, first_m, first_n)
-    logits = tl.where(n < N, acc, float("-inf")).to(tensors[0].dtype.element_ty)
-    tl.store(tensors[0] + m * stride + n, logits, mask=(m < M) & (n < stride))
+    for index in tl.static_range(len(strips)):
+        m, n = strip_indices(strips[index], index, first_m, first_n)
+        logits = tl.where(n < N, strips[index], float("-inf")).to(tensors[0].dtype.element_ty)
+        tl.store(tensors[0] + m * stride + n, logits, mask=(m < M) & (n < stride))
 
 
 @triton.jit(do_not_specialize=["V", "ignore_index"])

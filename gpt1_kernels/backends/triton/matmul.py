@@ -1,8 +1,9 @@
 """Products of matrices, and what is done to a tile of one while it is in registers.
 
 `product` multiplies and hands each finished tile to an epilogue, a function under `triton.jit` that
-may add a bias, apply a GELU or take sums, and that stores. Programs stay resident and walk over the
-tiles, in groups of rows so that neighbours share their operands in the L2 cache.
+may add a bias, apply a GELU or take sums, and that stores. It is given the tile as strips of
+columns, which spares registers. Programs stay resident and walk over the tiles, in groups of rows
+so that neighbours share their operands in the L2 cache.
 
 An operand is stored row-major, (rows, columns), as itself or as its transpose: TRANSPOSED says
 which. It is passed as a tensor descriptor, which the bulk copy engine of compute capability 9.0 and
@@ -34,34 +35,37 @@ from gpt1_kernels.backends.triton.launch import (
 )
 
 STRIP = tl.constexpr(64)
-"""An epilogue is given a tile this many columns at a time, which spares registers."""
+"""Columns of a strip."""
 
 
 @triton.jit
-def store_product(acc, first_m, first_n, M, N, stride, tensors):
+def store_product(strips, first_m, first_n, M, N, stride, tensors):
     """out = acc + bias; `tensors` is (out, bias (N,) or None)."""
     out_ptr, bias_ptr = tensors
-    m, n = tile_indices(acc, first_m, first_n)
-    mask = (m < M) & (n < N)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + m * stride + n, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    for index in tl.static_range(len(strips)):
+        acc = strips[index]
+        m, n = strip_indices(acc, index, first_m, first_n)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        out = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + m * stride + n, out, mask=(m < M) & (n < N))
 
 
 @triton.jit
-def add_product(acc, first_m, first_n, M, N, stride, tensors):
+def add_product(strips, first_m, first_n, M, N, stride, tensors):
     """out += acc; `tensors` is (out,), in fp32."""
-    m, n = tile_indices(acc, first_m, first_n)
-    mask = (m < M) & (n < N)
-    out_ptr = tensors[0] + m * stride + n
-    tl.store(out_ptr, tl.load(out_ptr, mask=mask, other=0.0) + acc, mask=mask)
+    for index in tl.static_range(len(strips)):
+        m, n = strip_indices(strips[index], index, first_m, first_n)
+        mask = (m < M) & (n < N)
+        out_ptr = tensors[0] + m * stride + n
+        tl.store(out_ptr, tl.load(out_ptr, mask=mask, other=0.0) + strips[index], mask=mask)
 
 
 @triton.jit
-def tile_indices(acc, first_m, first_n):
-    """The rows (…, 1) and columns (1, …) of a tile."""
-    m = (first_m + tl.arange(0, acc.shape[0]))[:, None]
-    n = (first_n + tl.arange(0, acc.shape[1]))[None, :]
+def strip_indices(strip, index, first_m, first_n):
+    """The rows (…, 1) and columns (1, …) of a strip of the tile that begins there."""
+    m = (tl.arange(0, strip.shape[0]) + first_m)[:, None]
+    n = (tl.arange(0, strip.shape[1]) + index * STRIP + first_n)[None, :]
     return m, n
 
 
@@ -156,9 +160,7 @@ def matmul_kernel(
             a, b, M, N, K, first_m, first_n, 0, K,
             A_TRANSPOSED, B_TRANSPOSED, A_BULK, B_BULK, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        strips = _strips(acc)
-        for index in tl.static_range(len(strips)):
-            EPILOGUE(strips[index], first_m, first_n + index * STRIP, M, N, stride_om, tensors)
+        EPILOGUE(_strips(acc), first_m, first_n, M, N, stride_om, tensors)
 
 
 @triton.jit(do_not_specialize=["M", "K", "chunk"])
@@ -190,7 +192,7 @@ def split_matmul_kernel(
         )  # fmt: skip
         strips = _strips(acc)
         for index in tl.static_range(len(strips)):
-            m, n = tile_indices(strips[index], part * BLOCK_M, index * STRIP)
+            m, n = strip_indices(strips[index], index, part * BLOCK_M, 0)
             tl.store(parts_ptr + m * BLOCK_N + n, strips[index])
 
 
@@ -209,13 +211,13 @@ def sum_parts_kernel(
     GROUP_M: tl.constexpr,
 ):
     tile, tiles = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    first_strip_n = tl.program_id(1).to(tl.int64) * STRIP
+    index = tl.program_id(1).to(tl.int64)
     acc = tl.zeros((BLOCK_M, STRIP), dtype=tl.float32)
     for part in range(tile, parts, tiles):
-        m, n = tile_indices(acc, part * BLOCK_M, first_strip_n)
+        m, n = strip_indices(acc, index, part * BLOCK_M, 0)
         acc += tl.load(parts_ptr + m * BLOCK_N + n)
     first_m, first_n = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    EPILOGUE(acc, first_m, first_n + first_strip_n, M, N, stride_om, tensors)
+    EPILOGUE((acc,), first_m, first_n + index * STRIP, M, N, stride_om, tensors)
 
 
 def matmul(
@@ -245,21 +247,24 @@ def product(
     b: Tensor,  # (K, N)
     epilogue,
     tensors: tuple[Tensor | None, ...],
+    *,
+    long_epilogue: bool = False,
 ) -> None:
     """Multiplies a and b and gives each tile in fp32 to an epilogue.
 
     Args:
         a: bf16, fp16 or fp32, either axis contiguous, finite beyond (M, K).
         b: the dtype of a, either axis contiguous.
-        epilogue: a function under `triton.jit` like `store_product`. It is called for BLOCK_M rows
-            by STRIP columns at a time, in no order; columns beyond N are 0 in `acc`.
+        epilogue: a function under `triton.jit` like `store_product`. It is given one or more strips
+            of STRIP columns, side by side; columns beyond N are 0.
         tensors: what it reads and writes. The first is (M, N) and row-major; all others of this
             shape have its strides.
+        long_epilogue: whether the epilogue takes as long as the product.
     """
     (M, N), K = tensors[0].shape, b.shape[0]
     if M == 0 or N == 0:
         return
-    tiles = product_tiles(a.dtype, a.device)
+    tiles = product_tiles(a.dtype, a.device, long_epilogue)
     a, A_TRANSPOSED, A_BULK = _operand(a, tiles.BLOCK_M, tiles.BLOCK_K)
     b, B_TRANSPOSED, B_BULK = _operand(b, tiles.BLOCK_K, tiles.BLOCK_N)
     layouts = {
@@ -270,7 +275,7 @@ def product(
     tile_count = cdiv(M, tiles.BLOCK_M) * cdiv(N, tiles.BLOCK_N)
     chunk = split_terms(tile_count, K, tiles, device)
     if chunk >= K:
-        programs = resident_programs(tile_count, 1, device)
+        programs = resident_programs(tile_count, 8 // tiles.num_warps, device)
         launch(
             matmul_kernel, (programs,), tiles,
             tensors, a, b, M, N, K, stride_om, EPILOGUE=epilogue, **layouts,
