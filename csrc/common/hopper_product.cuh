@@ -252,13 +252,12 @@ private:
         const Place& at) {
         constexpr int kAcross = kBlockN / Strip::kColumns, kStrips = kGroupM / 64 * kAcross;
         const int warp = warp_index() % 4;
-        const Shared<float> of_group =
-            strips.slice(warp_index() / 4 * 4 * Strip::kSize, 4 * Strip::kSize);
+        const Shared<float> of_group = strips.slice((warp_index() - warp) * Strip::kSize, 4 * Strip::kSize);
         const Shared<float> strip = of_group.slice(warp * Strip::kSize, Strip::kSize);
         const RowsOfWarpgroup rows{of_group, Strip::kSize};
         const auto place = [&](int s) {
-            return Place{at.first_m + s / kAcross * 64 + warp * 16, at.first_n + s % kAcross * Strip::kColumns,
-                         at.M, at.N};
+            return Place{at.first_m + s / kAcross * 64 + warp * Strip::kRows,
+                         at.first_n + s % kAcross * Strip::kColumns, at.M, at.N};
         };
         // Beside the sums, there are registers for the inputs of two strips unless these are of fp32.
         constexpr int kAhead = sizeof(typename Strip::Inputs) <= 64 ? 1 : 0;

@@ -160,10 +160,10 @@ inline constexpr int kBoxColumns = 64;  // of 2 bytes: 128 bytes, which the perm
 /// are in the next box, of `box_rows` terms.
 template <bool kTermsDown, class T>
 __device__ __forceinline__ std::uint64_t operand_descriptor(const Shared<T>& memory, int i, int box_rows) {
-    constexpr std::uint64_t kPermuted128 = 1;
-    const std::uint64_t start = memory.address(i) / 16, eight_rows = 8 * 128 / 16;
+    constexpr std::uint64_t kPermuted128 = 1, kEightRows = 8 * 128 / 16;
+    const std::uint64_t start = memory.address(i) % (1 << 18) / 16;  // above are bits of the block's rank
     const std::uint64_t next_box = kTermsDown ? box_rows * 128 / 16 : 1;
-    return start | next_box << 16 | eight_rows << 32 | kPermuted128 << 62;
+    return start | next_box << 16 | kEightRows << 32 | kPermuted128 << 62;
 }
 
 /// What to add to a descriptor for the next 16 terms, and for the next 64 rows of A.
@@ -189,8 +189,8 @@ template <int kCount>
 __device__ __forceinline__ void fence_sums(FragmentC (&c)[kCount]) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-        asm volatile("" : "+f"(c[j].values[0]), "+f"(c[j].values[1]), "+f"(c[j].values[2]), "+f"(c[j].values[3])
-                     :: "memory");
+        float* values = c[j].values;
+        asm volatile("" : "+f"(values[0]), "+f"(values[1]), "+f"(values[2]), "+f"(values[3])::"memory");
     }
 }
 
