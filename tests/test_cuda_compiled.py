@@ -47,6 +47,7 @@ NARROW = {
     "embedding_fwd": (218, f"ids, each with its record of errors; the seed; {UNALIGNED}"),
     "layer_norm_bwd": (121, f"w, mean and rstd; the seed; {UNALIGNED}"),
     "layer_norm_fwd": (118, f"w, b and x_bias, mean and rstd; the seed; {UNALIGNED}"),
+    "matmul": (12, "the scale, and four columns of the bias, to a strip of 16 rows"),
     "scale_gradient": (7, "the scale; bf16 beside fp32; what remains behind the last vector"),
 }
 """How many narrow accesses a kernel's loops may hold although they weigh, and what they are."""

@@ -231,11 +231,12 @@ struct SumParts {
         const int column = slice % across * kColumns + lane_index() * 4;
         const std::int64_t first = std::int64_t{tile} * grid.steps / grid.share;
         const std::int64_t last = (std::int64_t{tile + 1} * grid.steps - 1) / grid.share;
+        std::int64_t offset = (first + tile) * grid.tile_size() + row * grid.tile.n + column;
         Vector<float, 4> sum{};
 #pragma unroll 4
         for (std::int64_t block = first; block <= last; ++block) {
-            const std::int64_t offset = ((block + tile) * grid.tile.m + row) * grid.tile.n;
-            const auto part = p.parts.template load_vector<4>(offset + column);
+            const auto part = p.parts.template load_vector<4>(offset);
+            offset += grid.tile_size();
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[i] += part[i];
         }

@@ -56,7 +56,7 @@ struct ProductGrid {
     __host__ __device__ std::int64_t all_steps() const { return tiles() * steps; }
     __host__ __device__ bool split() const { return share > 0; }
     std::int64_t blocks() const { return split() ? (all_steps() + share - 1) / share : tiles(); }
-    std::int64_t tile_size() const { return std::int64_t{tile.m} * tile.n; }
+    __host__ __device__ std::int64_t tile_size() const { return std::int64_t{tile.m} * tile.n; }
     std::string shape() const { return shape_text("M", M, "N", N, "steps", steps); }
 
     /// First row and column of a tile; tiles go down kGroupM rows before they go right.
