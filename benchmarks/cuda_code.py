@@ -76,6 +76,11 @@ def kernels() -> dict[str, dict]:
     return {kernel["symbol"]: kernel for kernel in extension.module("cuda").kernels()}
 
 
+def for_hopper(symbol: str) -> bool:
+    """Whether a kernel is compiled for 9.0a alone."""
+    return kernels()[symbol]["for_hopper"]
+
+
 @cache
 def disassembled(capability: int) -> dict[str, str]:
     """The SASS of each kernel that GPT-1 launches, by symbol."""
@@ -85,7 +90,8 @@ def disassembled(capability: int) -> dict[str, str]:
             symbols.setdefault(row["object"], []).append(row["symbol"])
 
     def functions(file) -> list[str]:
-        command = [CUOBJDUMP, "-sass", "-arch", f"sm_{capability}", "-fun", ",".join(symbols[file])]
+        chip = f"sm_{capability}{'a' if for_hopper(symbols[file][0]) else ''}"
+        command = [CUOBJDUMP, "-sass", "-arch", chip, "-fun", ",".join(symbols[file])]
         run = subprocess.run([*command, file], capture_output=True, text=True, check=True)
         return run.stdout.split("Function : ")[1:]
 
@@ -100,9 +106,9 @@ def rows(capability: int) -> dict[str, dict[str, float]]:
     registers = {row["symbol"]: row["registers"] for row in reported(capability)}
     found, seen = {}, Counter()
     for symbol, text in sorted(disassembled(capability).items()):
-        name = kernels()[symbol]["name"]
+        name = f"{capability / 10}{'a' * for_hopper(symbol)}: {kernels()[symbol]['name']}"
         seen[name] += 1
-        found[f"{capability / 10}: {name}, {seen[name]}"] = {
+        found[f"{name}, {seen[name]}"] = {
             "registers": registers[symbol],
             "shared": kernels()[symbol]["max_shared_bytes"],
             "main_loop": main_loop(text),

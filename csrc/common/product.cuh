@@ -10,50 +10,11 @@
 // for the order, which makes two runs bit-equal.
 #pragma once
 
+#include "common/epilogue_strip.cuh"
+#include "common/product_grid.cuh"
 #include "common/tile.cuh"
 
 namespace gpt1 {
-
-/// A matrix as it lies in memory: its rows start at multiples of 16 bytes, its columns are a multiple
-/// of 8. Elements beyond it count as zeros.
-template <class T>
-struct Operand {
-    Global<const T> data;
-    std::int64_t rows, columns, stride;
-};
-
-/// How a result is cut into tiles, and the sums of the tiles into shares of blocks.
-struct ProductGrid {
-    static constexpr int kBlockM = 128, kBlockN = 128, kBlockK = 32;
-    static constexpr int kGroupM = 8;  // rows of tiles that are worked on together, to share L2
-
-    std::int64_t M, N;
-    int tiles_m, tiles_n;
-    int steps;           // of kBlockK terms, of one tile
-    std::int64_t share;  // steps of one block where sums are split, else 0
-
-    ProductGrid() = default;
-    ProductGrid(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocks)
-        : M(M), N(N), tiles_m(ceil_div(M, kBlockM)), tiles_n(ceil_div(N, kBlockN)),
-          steps(K > 0 ? ceil_div(K, kBlockK) : 1),
-          share(blocks > 0 ? (all_steps() + blocks - 1) / blocks : 0) {}
-
-    __host__ __device__ std::int64_t tiles() const { return std::int64_t{tiles_m} * tiles_n; }
-    __host__ __device__ std::int64_t all_steps() const { return tiles() * steps; }
-    __host__ __device__ bool split() const { return share > 0; }
-    std::int64_t blocks() const { return split() ? (all_steps() + share - 1) / share : tiles(); }
-
-    /// First row and column of a tile; tiles go down kGroupM rows before they go right.
-    __device__ __forceinline__ void origin(int tile, std::int64_t& first_m, std::int64_t& first_n) const {
-        const int group = tile / (kGroupM * tiles_n), within = tile % (kGroupM * tiles_n);
-        const int left = tiles_m - group * kGroupM, rows = left < kGroupM ? left : kGroupM;
-        first_m = std::int64_t{group * kGroupM + within % rows} * kBlockM;
-        first_n = std::int64_t{within / rows} * kBlockN;
-    }
-
-private:
-    static int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
-};
 
 /// What a thread copies of an operand's tiles: a chunk of 16 bytes in every kRowStep-th row.
 template <class T, class AnyTile, bool kDown, int kThreads>
@@ -98,9 +59,7 @@ private:
 
 /// A block owns a tile, a warp 64 x 64 of it, and walks along K; or a share of the steps of several.
 ///
-/// An operand is stored as itself or as its transpose. An `Epilogue` of a thread has kWidth neighbouring
-/// columns. For each row, `read` gets what it needs of memory, early, and `apply` the elements; `finish`
-/// ends the warp's 64 rows.
+/// An operand is stored as itself or as its transpose.
 ///
 /// On 9.0: at most 254 registers and 64 KB, so two blocks to a processor. Of 165 to 191 instructions of a
 /// step, 64 are products.
@@ -111,10 +70,9 @@ struct Product {
         Operand<T> b;  // (K, N), or (N, K) if transposed
         ProductGrid grid;
         typename Epilogue::Params epilogue;
-        std::string shape() const { return shape_text("M", grid.M, "N", grid.N, "steps", grid.steps); }
+        std::string shape() const { return grid.shape(); }
     };
-    static constexpr int kBlockM = ProductGrid::kBlockM, kBlockN = ProductGrid::kBlockN;
-    static constexpr int kBlockK = ProductGrid::kBlockK, kStages = 4;
+    static constexpr int kBlockM = kTile.m, kBlockN = kTile.n, kBlockK = kTile.k, kStages = 4;
     static constexpr int kWarpM = 64, kWarpN = 64;
 
     using TileA = Tile<T, kATransposed ? kBlockK : kBlockM, kATransposed ? kBlockM : kBlockK>;
@@ -134,33 +92,13 @@ struct Product {
     };
 
     __device__ static void run(const Params& p) {
-        const ProductGrid& grid = p.grid;
-        int tile = static_cast<int>(block_index()), first = 0;
-        std::int64_t left = grid.steps;
-        if (grid.split()) {
-            const std::int64_t start = block_index() * grid.share, end = grid.all_steps();
-            tile = static_cast<int>(start / grid.steps);
-            first = static_cast<int>(start % grid.steps);
-            left = start + grid.share < end ? grid.share : end - start;
-        }
-        while (left > 0) {
-            const int count = left < grid.steps - first ? static_cast<int>(left) : grid.steps - first;
-            std::int64_t first_m, first_n, M = grid.M, N = grid.N;
-            grid.origin(tile, first_m, first_n);
+        for (Pieces piece(p.grid, block_index(), grid_size()); piece; piece.next()) {
+            std::int64_t first_m, first_n;
+            p.grid.origin(piece.tile, first_m, first_n);
             Accumulators acc{};
-            multiply(p, acc, first_m, first_n, first, count);
-            if (grid.split()) {
-                // From one part to the next either the tile or the block is the next one.
-                first_m = (block_index() + tile) * kBlockM;
-                first_n = 0;
-                M = first_m + kBlockM;
-                N = kBlockN;
-            }
-            finish(p.epilogue, acc, first_m, first_n, M, N);
+            multiply(p, acc, first_m, first_n, piece.first, piece.count);
+            finish(p.epilogue, acc, piece.place());
             barrier();  // the tile's elements have left the shared memory that the next one's operands enter
-            left -= count;
-            first = 0;
-            ++tile;
         }
     }
 
@@ -239,101 +177,75 @@ private:
         }
     }
 
-    // A fragment has two neighbouring elements to a thread. In shared memory a warp turns them, a strip
-    // of rows at a time, into kWidth; a thread has 8 times as many of a strip.
-    static constexpr int kStripRows = 4 * Epilogue::kWidth, kStripStride = kWarpN + 8;
-    static constexpr int kStripSize = kStripRows * kStripStride;
-    static_assert(4 * kStripSize * sizeof(float) <= kMaxSharedBytes);
-
-    /// Of an element whose column is a multiple of 2; no bank conflicts for 2, 4 or 8 neighbours to a thread.
-    __device__ __forceinline__ static int strip_offset(int row, int column) {
-        return row * kStripStride + (column / 4 ^ column / 32) * 4 + column % 4;
-    }
+    using Strip = EpilogueStrip<Epilogue, 4 * Epilogue::kWidth>;
+    static_assert(kWarpN == Strip::kColumns && 4 * Strip::kSize * sizeof(float) <= kMaxSharedBytes);
 
     __device__ __forceinline__ static void finish(
-        const typename Epilogue::Params& params, const Accumulators& acc, std::int64_t first_m,
-        std::int64_t first_n, std::int64_t M, std::int64_t N) {
-        constexpr int kWidth = Epilogue::kWidth, kLanes = kWarpN / kWidth, kRows = 32 / kLanes;
+        const typename Epilogue::Params& params, const Accumulators& acc, Place at) {
         SharedArena arena;
         const Shared<float> strip =
-            arena.take<float>(4 * kStripSize).slice(warp_index() * kStripSize, kStripSize);
-        const int lane = lane_index(), column = lane % kLanes * kWidth;
-        const std::int64_t warp_first_m = first_m + warp_m(), n = first_n + warp_n() + column;
-        Epilogue epilogue(params, n, n < N);
+            arena.take<float>(4 * Strip::kSize).slice(warp_index() * Strip::kSize, Strip::kSize);
+        at.first_m += warp_m();
+        at.first_n += warp_n();
+        const std::int64_t first_m = at.first_m, n = Strip::n(at);
+        Epilogue epilogue(params, n, n < at.N);
 #pragma unroll
-        for (int s = 0; s < kWarpM / kStripRows; ++s) {
-            const std::int64_t strip_m = warp_first_m + s * kStripRows + lane / kLanes;
-            const auto inside = [&](int i) { return strip_m + i * kRows < M && n < N; };
-            typename Epilogue::Input inputs[kStripRows / kRows];
-#pragma unroll
-            for (int i = 0; i < kStripRows / kRows; ++i) {
-                inputs[i] = epilogue.read(strip_m + i * kRows, inside(i));
-            }
-#pragma unroll
-            for (int i = 0; i < kStripRows / 16; ++i) {
-#pragma unroll
-                for (int j = 0; j < kWarpN / 8; ++j) {
-                    const float* values = acc.values[s * (kStripRows / 16) + i][j].values;
-                    const int row = i * 16 + lane / 4, pair = j * 8 + lane % 4 * 2;
-                    strip.store_vector(strip_offset(row, pair), Vector<float, 2>{values[0], values[1]});
-                    strip.store_vector(strip_offset(row + 8, pair), Vector<float, 2>{values[2], values[3]});
-                }
-            }
-            warp_barrier();
-#pragma unroll
-            for (int i = 0; i < kStripRows / kRows; ++i) {
-                Vector<float, kWidth> x;
-#pragma unroll
-                for (int j = 0; j < kWidth; j += 4) {
-                    const int row = i * kRows + lane / kLanes;
-                    const auto four = strip.template load_vector<4>(strip_offset(row, column + j));
-#pragma unroll
-                    for (int k = 0; k < 4; ++k) x[j + k] = four[k];
-                }
-                if (inside(i)) epilogue.apply(strip_m + i * kRows, x, inputs[i]);
-            }
-            warp_barrier();
+        for (int s = 0; s < kWarpM / Strip::kRows; ++s) {
+            const auto fragment = [&](int i, int j) -> const FragmentC& {
+                return acc.values[s * (Strip::kRows / 16) + i][j];
+            };
+            const typename Strip::Inputs inputs = Strip::read(params, at);
+            Strip::store(strip, fragment);
+            Strip::apply(epilogue, strip, at, inputs);
+            at.first_m += Strip::kRows;
         }
-        epilogue.finish(warp_first_m, M);
+        epilogue.finish(first_m, at.M, RowsOfWarp{});
     }
 };
 
-/// Adds a tile's parts in order and hands the sums to an epilogue; a block owns 8 rows of a tile, a
-/// thread four neighbouring columns. On 9.0: 36 registers.
+/// Adds a tile's parts in order and hands the sums to an epilogue; a block owns 8 rows and 128 columns of a
+/// tile, a thread four neighbouring columns. On 9.0: 36 registers.
 template <class Epilogue>
 struct SumParts {
     struct Params {
-        Global<const float> parts;  // (blocks + tiles, kBlockM, kBlockN)
+        Global<const float> parts;  // (blocks + tiles, tile.m, tile.n)
         ProductGrid grid;
         typename Epilogue::Params epilogue;
-        std::string shape() const { return shape_text("M", grid.M, "N", grid.N, "steps", grid.steps); }
+        std::string shape() const { return grid.shape(); }
     };
-    static constexpr int kRows = 8, kSlices = ProductGrid::kBlockM / kRows;
+    static constexpr int kRows = 8, kColumns = 128;
     static constexpr const char* kName = "sum_parts";
-    static constexpr int kThreads = kRows * ProductGrid::kBlockN / 4;
+    static constexpr int kThreads = kRows * kColumns / 4;
     static constexpr int kBlocksPerProcessor = 4;
     static constexpr int kMaxSharedBytes = 0;
 
+    __host__ __device__ static int slices(const ProductGrid& grid) {
+        return grid.tile.m / kRows * (grid.tile.n / kColumns);
+    }
+
     __device__ static void run(const Params& p) {
-        const int tile = static_cast<int>(block_index() / kSlices);
-        const int row = static_cast<int>(block_index() % kSlices) * kRows + warp_index();
-        const int column = lane_index() * 4;
-        const std::int64_t first = std::int64_t{tile} * p.grid.steps / p.grid.share;
-        const std::int64_t last = (std::int64_t{tile + 1} * p.grid.steps - 1) / p.grid.share;
+        const ProductGrid& grid = p.grid;
+        const int tile = static_cast<int>(block_index() / slices(grid));
+        const int slice = static_cast<int>(block_index() % slices(grid)), across = grid.tile.n / kColumns;
+        const int row = slice / across * kRows + warp_index();
+        const int column = slice % across * kColumns + lane_index() * 4;
+        const std::int64_t first = std::int64_t{tile} * grid.steps / grid.share;
+        const std::int64_t last = (std::int64_t{tile + 1} * grid.steps - 1) / grid.share;
+        std::int64_t offset = (first + tile) * grid.tile_size() + row * grid.tile.n + column;
         Vector<float, 4> sum{};
 #pragma unroll 4
         for (std::int64_t block = first; block <= last; ++block) {
-            const std::int64_t offset = ((block + tile) * ProductGrid::kBlockM + row) * ProductGrid::kBlockN;
-            const auto part = p.parts.template load_vector<4>(offset + column);
+            const auto part = p.parts.template load_vector<4>(offset);
+            offset += grid.tile_size();
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[i] += part[i];
         }
         std::int64_t first_m, first_n;
-        p.grid.origin(tile, first_m, first_n);
+        grid.origin(tile, first_m, first_n);
         const std::int64_t m = first_m + row, n = first_n + column;
-        Epilogue epilogue(p.epilogue, n, n < p.grid.N);
-        const bool inside = m < p.grid.M && n < p.grid.N;
-        const auto input = epilogue.read(m, inside);
+        const bool inside = m < grid.M && n < grid.N;
+        const auto input = Epilogue::read(p.epilogue, m, n, inside);
+        Epilogue epilogue(p.epilogue, n, n < grid.N);
         if (inside) epilogue.apply(m, sum, input);
     }
 };

@@ -12,7 +12,8 @@ void FfnLaunch<T>::gelu_product(const Matrix& a, const Matrix& b, bool b_transpo
     const auto& [array, M, N, stride] = hidden;
     const typename Gelu<T>::Params epilogue{Global<T>(array), Global<T>(pre), stride,
                                             FloatArray<true>(bias)};
-    launch_product<T, Gelu<T>>(a, b, b_transposed, ProductGrid(M, N, std::get<2>(a), 0), epilogue, stream);
+    const ProductGrid grid = product_grid(M, N, std::get<2>(a), 0, stream.first);
+    launch_product<T, Gelu<T>>(a, b, b_transposed, grid, epilogue, stream);
 }
 
 template <class T>
@@ -21,7 +22,8 @@ void FfnLaunch<T>::dgelu_product(const Matrix& a, const Matrix& b, bool b_transp
     const auto& [array, M, N, stride] = pre;
     const typename Dgelu<T>::Params epilogue{Global<const T>(array), Global<T>(dpre), Global<T>(hidden),
                                              Global<float>(partial_db), stride};
-    launch_product<T, Dgelu<T>>(a, b, b_transposed, ProductGrid(M, N, std::get<2>(a), 0), epilogue, stream);
+    const ProductGrid grid = product_grid(M, N, std::get<2>(a), 0, stream.first);
+    launch_product<T, Dgelu<T>>(a, b, b_transposed, grid, epilogue, stream);
 }
 
 }  // namespace gpt1

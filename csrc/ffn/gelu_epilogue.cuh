@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/gelu.cuh"
-#include "common/product.cuh"
 #include "common/rows.cuh"
 
 namespace gpt1 {
@@ -24,7 +23,9 @@ public:
     __device__ __forceinline__ Gelu(const Params& p, std::int64_t n, bool inside)
         : p_(p), n_(n), bias_(p.bias.template load_columns<kWidth>(n, inside ? kWidth : 0, true)) {}
 
-    __device__ __forceinline__ Input read(std::int64_t, bool) const { return {}; }
+    __device__ __forceinline__ static Input read(const Params&, std::int64_t, std::int64_t, bool) {
+        return {};
+    }
 
     __device__ __forceinline__ void apply(std::int64_t m, Vector<float, kWidth>& x, Input) const {
         const std::int64_t offset = m * p_.stride + n_;
@@ -39,7 +40,8 @@ public:
         p_.hidden.store_vector(offset, narrow<T>(u));
     }
 
-    __device__ __forceinline__ void finish(std::int64_t, std::int64_t) const {}
+    template <class Rows>
+    __device__ __forceinline__ void finish(std::int64_t, std::int64_t, const Rows&) const {}
 
 private:
     const Params& p_;
@@ -47,7 +49,7 @@ private:
     Vector<float, kWidth> bias_;
 };
 
-/// du = acc ∘ gelu'(u); stores du, its sums over the rows of each warp, and gelu(u), as wanted.
+/// du = acc ∘ gelu'(u); stores du, its sums over 64 rows each, and gelu(u), as wanted.
 template <class T>
 class Dgelu {
 public:
@@ -64,8 +66,9 @@ public:
     __device__ __forceinline__ Dgelu(const Params& p, std::int64_t n, bool inside)
         : p_(p), n_(n), inside_(inside) {}
 
-    __device__ __forceinline__ Input read(std::int64_t m, bool inside) const {
-        return p_.pre.template load_vector<kWidth>(m * p_.stride + n_, inside);
+    __device__ __forceinline__ static Input read(
+        const Params& p, std::int64_t m, std::int64_t n, bool inside) {
+        return p.pre.template load_vector<kWidth>(m * p.stride + n, inside);
     }
 
     __device__ __forceinline__ void apply(std::int64_t m, Vector<float, kWidth>& x, const Input& pre) {
@@ -82,7 +85,9 @@ public:
         if (p_.hidden) p_.hidden.store_vector(offset, narrow<T>(u));
     }
 
-    __device__ __forceinline__ void finish(std::int64_t first_m, std::int64_t M) {
+    /// `rows` has to do with the warps that share 64 rows.
+    template <class Rows>
+    __device__ __forceinline__ void finish(std::int64_t first_m, std::int64_t M, const Rows& rows) {
         if (!p_.partial_db) return;
         // Lanes 8 apart have the same columns. Of the lanes of two rows, each stores half of its own.
         const bool upper = lane_index() / 8 == 1;
@@ -94,8 +99,8 @@ public:
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) half[i] = upper ? sum_[4 + i] : sum_[i];
-        p_.partial_db.store_vector(first_m / 64 * p_.stride + n_ + (upper ? 4 : 0), half,
-                                   lane_index() < 16 && inside_ && first_m < M);
+        p_.partial_db.store_vector(first_m / 64 * p_.stride + n_ + (upper ? 4 : 0), rows.sum(half),
+                                   rows.first() && lane_index() < 16 && inside_ && first_m < M);
     }
 
 private:

@@ -11,7 +11,8 @@ void MatmulLaunch<T>::start(
     const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const Matrix& out, int out_dtype,
     TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t blocks, Stream stream) {
     const auto& [array, M, N, stride] = out;
-    const ProductGrid grid(M, N, a_transposed ? std::get<1>(a) : std::get<2>(a), blocks);
+    const std::int64_t K = a_transposed ? std::get<1>(a) : std::get<2>(a);
+    const ProductGrid grid = product_grid(M, N, K, blocks, stream.first);
 
     const auto multiply = [&]<class Out>(const typename Store<Out, T>::Params& epilogue) {
         if (a_transposed) launch_product<T, Store<Out, T>, true>(a, b, b_transposed, grid, epilogue, stream);
@@ -26,7 +27,7 @@ void MatmulLaunch<T>::start(
         if (grid.split()) {
             using Kernel = SumParts<Store<Out, T, 4>>;
             typename Kernel::Params p{Global<const float>(parts), grid, params.template operator()<4>()};
-            launch<Kernel>(grid.tiles() * Kernel::kSlices, 0, stream, p);
+            launch<Kernel>(grid.tiles() * Kernel::slices(grid), 0, stream, p);
         } else {
             multiply.template operator()<Out>(params.template operator()<kVector<Out>>());
         }
@@ -34,7 +35,7 @@ void MatmulLaunch<T>::start(
     if (grid.split()) {
         typename Store<float, T>::Params epilogue{};
         epilogue.out = Global<float>(parts);
-        epilogue.stride = ProductGrid::kBlockN;
+        epilogue.stride = grid.tile.n;
         multiply.template operator()<float>(epilogue);
     }
     out_dtype == kFloat32 ? finish.template operator()<float>() : finish.template operator()<T>();

@@ -8,6 +8,20 @@
 
 namespace gpt1 {
 
+/// How a product is cut on a device: for its kernel for Hopper, or for that of every chip, which also runs
+/// what has no terms. `blocks` share the sums, unless it is 0.
+inline ProductGrid product_grid(
+    std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocks, int device) {
+    return {M, N, K, K > 0 && is_hopper(device) ? Hopper::kTile : kTile, blocks};
+}
+
+/// How many of a grid's blocks, or clusters of them, a device works on at a time.
+inline std::int64_t product_slots(const ProductGrid& grid, int device) {
+    constexpr int kBlocksPerProcessor = 2;  // of Product
+    const std::int64_t count = processors(device);
+    return grid.tile == Hopper::kTile ? count / Hopper::kCluster : count * kBlocksPerProcessor;
+}
+
 template <class T>
 Operand<T> operand(const Matrix& matrix) {
     const auto& [array, rows, columns, stride] = matrix;
@@ -21,22 +35,33 @@ Operand<T> operand(const Matrix& matrix) {
     return {Global<const T>(array), rows, columns, stride};
 }
 
+/// The launch of the kernel for Hopper, in source files that are compiled for it alone.
+template <class T, class Epilogue, bool kATransposed>
+struct HopperLaunch {
+    static void start(const Matrix& a, const Matrix& b, bool b_transposed, const ProductGrid& grid,
+                      const typename Epilogue::Params& epilogue, Stream stream);
+};
+
 /// Starts a product; a transposed A is only met in weight gradients, whose B never is.
 template <class T, class Epilogue, bool kATransposed = false>
 void launch_product(
     const Matrix& a, const Matrix& b, bool b_transposed, const ProductGrid& grid,
     const typename Epilogue::Params& epilogue, Stream stream) {
+    if (kATransposed && b_transposed) throw std::invalid_argument("matmul: a and b are both transposed");
+    const Operand<T> from_a = operand<T>(a), from_b = operand<T>(b);
+    if constexpr (kHasHopperKernels) {
+        if (grid.tile == Hopper::kTile) {
+            HopperLaunch<T, Epilogue, kATransposed>::start(a, b, b_transposed, grid, epilogue, stream);
+            return;
+        }
+    }
     const auto start = [&]<bool kBTransposed>() {
         using Kernel = Product<T, kATransposed, kBTransposed, Epilogue>;
-        typename Kernel::Params p{operand<T>(a), operand<T>(b), grid, epilogue};
+        typename Kernel::Params p{from_a, from_b, grid, epilogue};
         launch<Kernel>(grid.blocks(), Kernel::kMaxSharedBytes, stream, p);
     };
-    if constexpr (kATransposed) {
-        if (b_transposed) throw std::invalid_argument("matmul: a and b are both transposed");
-        start.template operator()<false>();
-    } else {
-        b_transposed ? start.template operator()<true>() : start.template operator()<false>();
-    }
+    if constexpr (kATransposed) start.template operator()<false>();
+    else b_transposed ? start.template operator()<true>() : start.template operator()<false>();
 }
 
 }  // namespace gpt1

@@ -1,7 +1,6 @@
 // The epilogue of a product that is only stored.
 #pragma once
 
-#include "common/product.cuh"
 #include "common/rows.cuh"
 
 namespace gpt1 {
@@ -30,10 +29,11 @@ public:
           bias_(p.bias.template load_columns<kWidth>(n, inside ? kWidth : 0, true)) {}
 
     /// What `out` holds so far.
-    __device__ __forceinline__ Input read(std::int64_t m, bool inside) const {
+    __device__ __forceinline__ static Input read(
+        const Params& p, std::int64_t m, std::int64_t n, bool inside) {
         Input sum{};
         if constexpr (kAccumulates) {
-            sum = p_.out.template load_vector<kWidth>(m * p_.stride + n_, inside && p_.accumulate);
+            sum = p.out.template load_vector<kWidth>(m * p.stride + n, inside && p.accumulate);
         }
         return sum;
     }
@@ -47,7 +47,8 @@ public:
         p_.out.store_vector(m * p_.stride + n_, narrow<Out>(x));
     }
 
-    __device__ __forceinline__ void finish(std::int64_t, std::int64_t) const {}
+    template <class Rows>
+    __device__ __forceinline__ void finish(std::int64_t, std::int64_t, const Rows&) const {}
 
 private:
     const Params& p_;

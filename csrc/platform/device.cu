@@ -44,11 +44,17 @@ void throw_launch_error(const char* kernel, const std::string& shape, cudaError_
 
 int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
+bool is_hopper(int device) {
+    return attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
+           attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
+}
+
 int shared_memory_limit(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
 
 void prepare(int device) {
     const CurrentDevice current(device);
     for (const CompiledKernel& kernel : compiled_kernels()) {
+        if (kernel.for_hopper && !is_hopper(device)) continue;
         // A kernel for larger chips stays unprepared here, and its launcher does not choose it.
         const cudaError_t error = cudaFuncSetAttribute(
             kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.max_shared_bytes);

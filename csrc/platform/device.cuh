@@ -155,7 +155,7 @@ private:
     T* data_;
 };
 
-extern __shared__ __align__(128) unsigned char shared_bytes_of_block[];
+extern __shared__ __align__(1024) unsigned char shared_bytes_of_block[];
 
 /// Hands out the block's shared memory, in the same order in every thread.
 class SharedArena {
@@ -309,6 +309,8 @@ __device__ __forceinline__ void mma(
 
 // --- launch ----------------------------------------------------------------------------------------
 
+inline constexpr bool kHasHopperKernels = true;
+
 /// Makes a device current, and the one before it on the way out.
 class CurrentDevice {
 public:
@@ -340,7 +342,8 @@ struct Registered {
                 Kernel::kName,
                 Kernel::kThreads,
                 Kernel::kBlocksPerProcessor,
-                Kernel::kMaxSharedBytes};
+                Kernel::kMaxSharedBytes,
+                requires { Kernel::kForHopper; }};
     }
     static inline const bool done = (compiled_kernels().push_back(describe()), true);
 };
@@ -350,14 +353,28 @@ template <class Kernel>
 void launch(std::int64_t grid, int shared_bytes, Stream stream, const typename Kernel::Params& params) {
     static_cast<void>(&Registered<Kernel>::done);  // whose use is what has it initialised
     const CurrentDevice current(stream.first);
-    entry<Kernel><<<checked_grid<Kernel>(grid, params), Kernel::kThreads, shared_bytes,
-                    reinterpret_cast<cudaStream_t>(stream.second)>>>(params);
+    cudaLaunchConfig_t config{};
+    config.gridDim = checked_grid<Kernel>(grid, params);
+    config.blockDim = Kernel::kThreads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = reinterpret_cast<cudaStream_t>(stream.second);
+    cudaLaunchAttribute cluster{};
+    if constexpr (requires { Kernel::kCluster; }) {
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {Kernel::kCluster, 1, 1};
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+    }
+    cudaLaunchKernelEx(&config, entry<Kernel>, params);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) throw_launch_error(Kernel::kName, params.shape(), error);
 }
 
 /// The number of multiprocessors of a device.
 int processors(int device);
+
+/// Whether a device runs the kernels that are compiled for Hopper alone.
+bool is_hopper(int device);
 
 /// The bytes of shared memory that a block of a device may ask for.
 int shared_memory_limit(int device);

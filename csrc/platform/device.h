@@ -11,6 +11,7 @@ struct CompiledKernel {
     std::string symbol;  // its name in the objects and in ptxas' report
     const char* name;
     int threads, blocks_per_processor, max_shared_bytes;
+    bool for_hopper;  // alone
 };
 
 /// Those of all sources, in no order.

@@ -14,7 +14,8 @@ pybind11::list kernels() {
         all.append(pybind11::dict("symbol"_a = kernel.symbol, "name"_a = kernel.name,
                                   "threads"_a = kernel.threads,
                                   "blocks_per_processor"_a = kernel.blocks_per_processor,
-                                  "max_shared_bytes"_a = kernel.max_shared_bytes));
+                                  "max_shared_bytes"_a = kernel.max_shared_bytes,
+                                  "for_hopper"_a = kernel.for_hopper));
     }
     return all;
 }

@@ -383,6 +383,10 @@ void launch(std::int64_t grid, int shared_bytes, Stream, const typename Kernel::
 /// Two, so few that blocks walk over several tiles in a test, unless a test sets another number.
 int processors(int device);
 
+/// The kernels for Hopper's GPUs alone do not run here.
+inline constexpr bool kHasHopperKernels = false;
+inline bool is_hopper(int) { return false; }
+
 /// 99 KB, as the smallest chips have, unless a test sets another.
 int shared_memory_limit(int device);
 

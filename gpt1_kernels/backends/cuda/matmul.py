@@ -1,4 +1,5 @@
-"""Launchers of products and of sums over rows; csrc/common/product.cuh has the kernel.
+"""Launchers of products and of sums over rows; csrc/common/product.cuh has the kernel that runs on
+every chip, hopper_product.cuh the one that the extension takes on compute capability 9.0.
 
 A product reads and writes 16 bytes at a time: its matrices have a multiple of 8 columns, which
 the ops see to, and rows aligned to 16 bytes, for which an operand is copied once if need be.

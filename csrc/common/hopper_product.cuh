@@ -1,0 +1,282 @@
+// Products of matrices on Hopper's GPUs, by the instructions that they alone have.
+//
+// A block stays, and walks from tile to tile. One thread has the copy engine bring operands into shared
+// memory, as many steps ahead as there is room for, also over the border to the next tile. Two warpgroups
+// multiply what has arrived, and hand their sums to the epilogue while the next tile's operands arrive.
+#pragma once
+
+#include "common/epilogue_strip.cuh"
+#include "common/product_grid.cuh"
+#include "platform/device_hopper.cuh"
+
+namespace gpt1 {
+
+/// The sums over 64 rows, of which the four warps of a warpgroup have 16 each.
+struct RowsOfWarpgroup {
+    Shared<float> strips;  // (4, kStrip), of which each warp has one
+    int strip_size;
+
+    __device__ __forceinline__ bool first() const { return warp_index() % 4 == 0; }
+
+    /// `x` of lanes 0 to 15; the sum is for the first warp.
+    __device__ __forceinline__ Vector<float, 4> sum(const Vector<float, 4>& x) const {
+        const int lane = lane_index() % 16 * 4;
+        strips.store_vector(warp_index() % 4 * strip_size + lane, x, lane_index() < 16);
+        warpgroup_barrier();
+        Vector<float, 4> sum{};
+#pragma unroll
+        for (int warp = 0; warp < 4; ++warp) {
+            const auto part = strips.template load_vector<4>(warp * strip_size + lane);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i] += part[i];
+        }
+        warpgroup_barrier();  // before the next sums
+        return sum;
+    }
+};
+
+template <class T, bool kATransposed, bool kBTransposed, class Epilogue, class Form>
+struct HopperProduct {
+    struct Params {
+        TensorMap a;  // (M, K), or (K, M) if transposed
+        TensorMap b;  // (K, N), or (N, K) if transposed
+        ProductGrid grid;
+        typename Epilogue::Params epilogue;
+        std::string shape() const { return grid.shape(); }
+    };
+    static constexpr int kBlockM = Form::kBlockM, kBlockN = Form::kBlockN, kBlockK = Form::kBlockK;
+    static constexpr int kStages = Form::kStages, kCluster = Form::kCluster;
+    static constexpr int kGroups = 2;  // warpgroups that multiply
+    static constexpr int kGroupM = Form::kInTurns ? kBlockM : kBlockM / kGroups;
+    static constexpr int kSizeA = kBlockM * kBlockK, kSizeB = kBlockN * kBlockK;
+    static constexpr int kFetchedN = kBlockN / kCluster;
+
+    // Where terms are rows of what is stored.
+    static constexpr bool kADown = kATransposed, kBDown = !kBTransposed;
+    static constexpr int kBoxRowsA = kADown ? kBlockK : kBlockM, kBoxRowsB = kBDown ? kBlockK : kFetchedN;
+
+    using Strip = EpilogueStrip<Epilogue, 16>;
+
+    using EpilogueParams = typename Epilogue::Params;
+    static constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
+
+    static constexpr const char* kName = Epilogue::kName;
+    static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
+    static constexpr int kBlocksPerProcessor = 1;
+    static constexpr bool kForHopper = true;
+    static constexpr int kMaxSharedBytes = kStages * (kSizeA + kSizeB) * sizeof(T) +
+                                           kGroups * 4 * Strip::kSize * sizeof(float) + 3 * 128;
+    static constexpr int kMultiplyingRegisters = 232, kFetchingRegisters = 40;
+
+    struct Sums {
+        FragmentC values[kGroupM / 64][kBlockN / 8];
+    };
+
+    __device__ static void run(const Params& p) {
+        SharedArena arena;
+        const Shared<T> tiles_a = arena.take<T>(kStages * kSizeA), tiles_b = arena.take<T>(kStages * kSizeB);
+        const Shared<float> strips = arena.take<float>(kGroups * 4 * Strip::kSize);
+        const CopyBarriers full(arena.take<std::uint64_t>(kStages));
+        const CopyBarriers empty(arena.take<std::uint64_t>(kStages));
+        const CopyBarriers turns(arena.take<std::uint64_t>(kGroups));
+        if (thread_index() == 0) {
+            for (int i = 0; i < kStages; ++i) {
+                full.init(i, 1);
+                empty.init(i, kCluster * (Form::kInTurns ? 1 : kGroups) * 4);  // warps
+            }
+            for (int group = 0; group < kGroups; ++group) turns.init(group, 4);
+            fence_copy_barriers();
+        }
+        everyone();
+        if (warpgroup_index() == kGroups) {
+            release_registers<kFetchingRegisters>();
+            if (thread_index() == kGroups * kWarpgroup) fetch(p, tiles_a, tiles_b, full, empty);
+        } else {
+            claim_registers<kMultiplyingRegisters>();
+            consume(p, tiles_a, tiles_b, strips, full, empty, turns);
+        }
+        if constexpr (kCluster > 1) everyone();  // no block leaves while others arrive at its barriers
+    }
+
+private:
+    /// A stage, and the parity of its turn.
+    struct Position {
+        int stage = 0;
+        std::uint32_t parity = 0;
+
+        __device__ __forceinline__ void next() {
+            if (++stage == kStages) {
+                stage = 0;
+                parity ^= 1;
+            }
+        }
+        __device__ __forceinline__ void skip(int steps) {
+            stage += steps;
+            parity ^= stage / kStages & 1;
+            stage %= kStages;
+        }
+    };
+
+    /// All threads of the cluster.
+    __device__ __forceinline__ static void everyone() {
+        if constexpr (kCluster > 1) cluster_barrier();
+        else barrier();
+    }
+
+    __device__ __forceinline__ static int rank() { return kCluster > 1 ? cluster_rank() : 0; }
+
+    __device__ __forceinline__ static Pieces pieces(const Params& p) {
+        return Pieces(p.grid, block_index() / kCluster, grid_size() / kCluster);
+    }
+
+    /// One thread starts the copies of all steps.
+    __device__ __forceinline__ static void fetch(
+        const Params& p, const Shared<T>& tiles_a, const Shared<T>& tiles_b, const CopyBarriers& full,
+        const CopyBarriers& empty) {
+        Position at;
+        for (Pieces piece = pieces(p); piece; piece.next()) {
+            std::int64_t first_m, first_n;
+            p.grid.origin(piece.tile, first_m, first_n);
+            const int m = static_cast<int>(first_m) + rank() * kBlockM;
+            const int n = static_cast<int>(first_n) + rank() * kFetchedN;
+            for (int step = piece.first; step < piece.first + piece.count; ++step) {
+                const int k = step * kBlockK;
+                empty.wait(at.stage, at.parity ^ 1);
+                full.expect(at.stage, (kSizeA + kSizeB) * sizeof(T));
+                if constexpr (kADown) {
+#pragma unroll
+                    for (int i = 0; i < kBlockM; i += kBoxColumns) {
+                        copy_box(tiles_a, at.stage * kSizeA + i * kBlockK, p.a, k, m + i, full, at.stage);
+                    }
+                } else {
+                    copy_box(tiles_a, at.stage * kSizeA, p.a, m, k, full, at.stage);
+                }
+                const int to = at.stage * kSizeB + rank() * kFetchedN * kBlockK;
+                if constexpr (kBDown) {
+#pragma unroll
+                    for (int j = 0; j < kFetchedN; j += kBoxColumns) {
+                        fetch_b(tiles_b, to + j * kBlockK, p.b, k, n + j, full, at.stage);
+                    }
+                } else {
+                    fetch_b(tiles_b, to, p.b, n, k, full, at.stage);
+                }
+                at.next();
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void fetch_b(
+        const Shared<T>& to, int i, const TensorMap& from, int row, int column, const CopyBarriers& full,
+        int stage) {
+        if constexpr (kCluster > 1) copy_box_to_all<kCluster>(to, i, from, row, column, full, stage);
+        else copy_box(to, i, from, row, column, full, stage);
+    }
+
+    __device__ __forceinline__ static void consume(
+        const Params& p, const Shared<T>& tiles_a, const Shared<T>& tiles_b, const Shared<float>& strips,
+        const CopyBarriers& full, const CopyBarriers& empty, const CopyBarriers& turns) {
+        const int group = warpgroup_index(), group_m = Form::kInTurns ? 0 : group * kGroupM;
+        Position at;
+        int turn = 0;
+        std::uint32_t parity = group == 0;  // the first turn of the first group comes without a wait
+        bool lead = Form::kLead > 0;
+        if (Form::kLead > 0 && group == 1) barrier_wait<3, kGroups * kWarpgroup>();
+        for (Pieces piece = pieces(p); piece; piece.next()) {
+            if (Form::kInTurns && turn++ % kGroups != group) {
+                at.skip(piece.count);
+                continue;
+            }
+            if constexpr (Form::kInTurns) {
+                // By then the other group has seen arrive all that comes before: a parity tells no more.
+                turns.wait(group, parity);
+                parity ^= 1;
+            }
+            Sums sums;
+            multiply(sums, at, piece.count, tiles_a, group_m * kBlockK, tiles_b, full, empty, turns, lead,
+                     group);
+            Place place = piece.place();
+            place.first_m += rank() * kBlockM + group_m;
+            finish(p.epilogue, sums, strips, place);
+        }
+    }
+
+    __device__ __forceinline__ static void multiply(
+        Sums& sums, Position& at, int steps, const Shared<T>& tiles_a, int offset_a, const Shared<T>& tiles_b,
+        const CopyBarriers& full, const CopyBarriers& empty, const CopyBarriers& turns, bool& lead,
+        int group) {
+        int before = at.stage;
+        for (int step = 0; step < steps; ++step) {
+            full.wait(at.stage, at.parity);
+            const std::uint64_t a =
+                operand_descriptor<kADown>(tiles_a, at.stage * kSizeA + offset_a, kBlockK);
+            const std::uint64_t b = operand_descriptor<kBDown>(tiles_b, at.stage * kSizeB, kBlockK);
+            products_fence();
+#pragma unroll
+            for (int k = 0; k < kBlockK / 16; ++k) {
+#pragma unroll
+                for (int i = 0; i < kGroupM / 64; ++i) {
+                    multiply_async<T, kADown, kBDown>(sums.values[i],
+                                                      a + i * kNext64Rows + k * kNext16Terms<kADown>,
+                                                      b + k * kNext16Terms<kBDown>, step > 0 || k > 0);
+                }
+            }
+            products_commit();
+            if (Form::kLead > 0 && group == 0 && lead && (step + 1 == Form::kLead || step + 1 == steps)) {
+                barrier_arrive<3, kGroups * kWarpgroup>();
+                lead = false;
+            }
+            products_wait<1>();
+            if (step > 0) release(empty, before);
+            before = at.stage;
+            at.next();
+        }
+        if (Form::kInTurns && lane_index() == 0) turns.arrive(kGroups - 1 - group);
+        products_wait<0>();
+#pragma unroll
+        for (int i = 0; i < kGroupM / 64; ++i) fence_sums(sums.values[i]);
+        release(empty, before);
+    }
+
+    /// Tells those that fetch that this warp has read a stage.
+    __device__ __forceinline__ static void release(const CopyBarriers& empty, int stage) {
+        if constexpr (kCluster > 1) {
+            if (lane_index() < kCluster) empty.arrive_at(stage, lane_index());
+        } else {
+            if (lane_index() == 0) empty.arrive(stage);
+        }
+    }
+
+    /// `at` is where the warpgroup's first sum goes.
+    __device__ __forceinline__ static void finish(
+        const typename Epilogue::Params& params, const Sums& sums, const Shared<float>& strips,
+        const Place& at) {
+        constexpr int kAcross = kBlockN / Strip::kColumns, kStrips = kGroupM / 64 * kAcross;
+        const int warp = warp_index() % 4;
+        const Shared<float> of_group = strips.slice((warp_index() - warp) * Strip::kSize, 4 * Strip::kSize);
+        const Shared<float> strip = of_group.slice(warp * Strip::kSize, Strip::kSize);
+        const RowsOfWarpgroup rows{of_group, Strip::kSize};
+        const auto place = [&](int s) {
+            return Place{at.first_m + s / kAcross * 64 + warp * Strip::kRows,
+                         at.first_n + s % kAcross * Strip::kColumns, at.M, at.N};
+        };
+        // Beside the sums, there are registers for the inputs of two strips unless these are of fp32.
+        constexpr int kAhead = sizeof(typename Strip::Inputs) <= 64 ? 1 : 0;
+        typename Strip::Inputs inputs[kStrips];
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s) inputs[s] = Strip::read(params, place(s));
+#pragma unroll
+        for (int s = 0; s < kStrips; ++s) {
+            const auto fragment = [&](int, int j) -> const FragmentC& {
+                return sums.values[s / kAcross][s % kAcross * (Strip::kColumns / 8) + j];
+            };
+            const std::int64_t n = Strip::n(place(s));
+            Epilogue epilogue(params, n, n < at.N);
+            Strip::store(strip, fragment);
+            if (s + kAhead < kStrips) inputs[s + kAhead] = Strip::read(params, place(s + kAhead));
+            Strip::apply(epilogue, strip, place(s), inputs[s]);
+            epilogue.finish(at.first_m + s / kAcross * 64, at.M, rows);
+        }
+    }
+};
+
+}  // namespace gpt1

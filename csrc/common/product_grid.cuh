@@ -1,0 +1,127 @@
+// How a product of matrices is cut into tiles, and what of them each block works on.
+#pragma once
+
+#include "platform/platform.cuh"
+
+namespace gpt1 {
+
+/// A matrix as it lies in memory: its rows start at multiples of 16 bytes, its columns are a multiple
+/// of 8. Elements beyond it count as zeros.
+template <class T>
+struct Operand {
+    Global<const T> data;
+    std::int64_t rows, columns, stride;
+};
+
+/// Rows and columns of a tile, and the terms of a step.
+struct TileShape {
+    int m, n, k;
+    bool operator==(const TileShape&) const = default;
+};
+
+/// Of the kernel that runs on every chip.
+inline constexpr TileShape kTile{128, 128, 32};
+
+/// Of the kernel for Hopper. In turns, each of two warpgroups multiplies a tile of its own, while the other
+/// is in its epilogue; else they share a tile. Blocks of a cluster are below each other and share the
+/// columns of B, of which each fetches a part for all.
+template <bool kTurns, int kBlocks, int kStepsAhead>
+struct HopperForm {
+    static constexpr bool kInTurns = kTurns;
+    static constexpr int kCluster = kBlocks, kLead = kStepsAhead;
+    static constexpr int kBlockM = 128, kBlockN = kTurns ? 128 : 256, kBlockK = 64;
+    static constexpr int kStages = kTurns ? 6 : 4;
+    static constexpr TileShape kTile{kBlockM * kCluster, kBlockN, kBlockK};
+};
+using Hopper = HopperForm<false, 2, 0>;
+
+/// How a result is cut into tiles, and the sums of the tiles into shares of blocks. Where blocks work in
+/// clusters, a tile is that of a cluster, and so is all that is said of blocks here.
+struct ProductGrid {
+    static constexpr int kGroupM = 8;  // rows of tiles that are worked on together, to share L2
+
+    std::int64_t M, N;
+    TileShape tile;
+    int tiles_m, tiles_n;
+    int steps;           // of tile.k terms, of one tile
+    std::int64_t share;  // steps of one block where sums are split, else 0
+
+    ProductGrid() = default;
+    ProductGrid(std::int64_t M, std::int64_t N, std::int64_t K, TileShape tile, std::int64_t blocks)
+        : M(M), N(N), tile(tile), tiles_m(ceil_div(M, tile.m)), tiles_n(ceil_div(N, tile.n)),
+          steps(K > 0 ? ceil_div(K, tile.k) : 1),
+          share(blocks > 0 ? (all_steps() + blocks - 1) / blocks : 0) {}
+
+    __host__ __device__ std::int64_t tiles() const { return std::int64_t{tiles_m} * tiles_n; }
+    __host__ __device__ std::int64_t all_steps() const { return tiles() * steps; }
+    __host__ __device__ bool split() const { return share > 0; }
+    std::int64_t blocks() const { return split() ? (all_steps() + share - 1) / share : tiles(); }
+    __host__ __device__ std::int64_t tile_size() const { return std::int64_t{tile.m} * tile.n; }
+    std::string shape() const { return shape_text("M", M, "N", N, "steps", steps); }
+
+    /// First row and column of a tile; tiles go down kGroupM rows before they go right.
+    __device__ __forceinline__ void origin(int index, std::int64_t& first_m, std::int64_t& first_n) const {
+        const int group = index / (kGroupM * tiles_n), within = index % (kGroupM * tiles_n);
+        const int left = tiles_m - group * kGroupM, rows = left < kGroupM ? left : kGroupM;
+        first_m = std::int64_t{group * kGroupM + within % rows} * tile.m;
+        first_n = std::int64_t{within / rows} * tile.n;
+    }
+
+private:
+    static int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
+};
+
+/// Where sums go: rows and columns from the first on, of a matrix (M, N).
+struct Place {
+    std::int64_t first_m, first_n, M, N;
+};
+
+/// What a block works on, one piece after another: `count` steps of a tile, from step `first` on.
+class Pieces {
+public:
+    int tile, first = 0, count;
+
+    __device__ __forceinline__ Pieces(const ProductGrid& grid, std::int64_t block, std::int64_t blocks)
+        : tile(static_cast<int>(block)), grid_(grid), block_(block), left_(grid.all_steps()),
+          stride_(static_cast<int>(blocks)) {
+        if (grid.split()) {
+            const std::int64_t start = block * grid.share, rest = grid.all_steps() - start;
+            tile = static_cast<int>(start / grid.steps);
+            first = static_cast<int>(start % grid.steps);
+            left_ = grid.share < rest ? grid.share : rest;
+            stride_ = 1;
+        }
+        limit();
+    }
+
+    __device__ __forceinline__ explicit operator bool() const { return count > 0; }
+
+    __device__ __forceinline__ void next() {
+        left_ -= count;
+        tile += stride_;
+        first = 0;
+        limit();
+    }
+
+    /// In the result, or in the workspace (blocks + tiles, tile.m, tile.n) of split sums.
+    __device__ __forceinline__ Place place() const {
+        // From one part to the next either the tile or the block is the next one.
+        const std::int64_t part = (block_ + tile) * grid_.tile.m;
+        if (grid_.split()) return {part, 0, part + grid_.tile.m, grid_.tile.n};
+        Place place{0, 0, grid_.M, grid_.N};
+        grid_.origin(tile, place.first_m, place.first_n);
+        return place;
+    }
+
+private:
+    __device__ __forceinline__ void limit() {
+        const int steps = grid_.steps - first;
+        count = tile >= grid_.tiles() ? 0 : left_ < steps ? static_cast<int>(left_) : steps;
+    }
+
+    const ProductGrid& grid_;
+    std::int64_t block_, left_;
+    int stride_;
+};
+
+}  // namespace gpt1
