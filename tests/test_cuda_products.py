@@ -103,7 +103,7 @@ def test_a_bias_and_a_scale(bias_dtype, K, dtype):
 
 
 @layouts
-@pytest.mark.parametrize(("M", "N"), [(8, 8), (136, 264)], ids=["one-tile", "tiles-share-blocks"])
+@pytest.mark.parametrize(("M", "N"), [(8, 8), (136, 264)], ids=["one-tile", "several-tiles"])
 def test_long_sums_are_split(M, N, a_layout, b_layout):
     check(operand(M, 4104, a_layout), operand(4104, N, b_layout))
 

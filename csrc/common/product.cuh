@@ -4,10 +4,8 @@
 // shared memory four steps ahead. The finished tile is handed to an epilogue, a few neighbouring
 // elements at a time: a struct that adds a bias, applies a GELU or takes sums, and that stores.
 //
-// A sum over many terms with few tiles to fill the chip (a weight's gradient) is cut elsewhere: each
-// block takes an equal share of all steps, across the borders of tiles, and leaves its part of each
-// tile in a workspace; SumParts adds a tile's parts in order, as in Stream-K (Osama et al. 2023) but
-// for the order, which makes two runs bit-equal.
+// A sum over many terms with few tiles to fill the chip (a weight's gradient) is cut into chunks. Each
+// part of a tile is left in a workspace, and SumParts adds them in order, which makes two runs bit-equal.
 #pragma once
 
 #include "common/epilogue_strip.cuh"
@@ -57,7 +55,7 @@ private:
     int rows_, columns_;  // left from the next tile's chunk on
 };
 
-/// A block owns a tile, a warp 64 x 64 of it, and walks along K; or a share of the steps of several.
+/// A block owns a part of a tile, a warp 64 x 64 of it, and walks along K.
 ///
 /// An operand is stored as itself or as its transpose.
 ///
@@ -208,7 +206,7 @@ private:
 template <class Epilogue>
 struct SumParts {
     struct Params {
-        Global<const float> parts;  // (blocks + tiles, tile.m, tile.n)
+        Global<const float> parts;  // (parts, tile.m, tile.n)
         ProductGrid grid;
         typename Epilogue::Params epilogue;
         std::string shape() const { return grid.shape(); }
@@ -229,16 +227,14 @@ struct SumParts {
         const int slice = static_cast<int>(block_index() % slices(grid)), across = grid.tile.n / kColumns;
         const int row = slice / across * kRows + warp_index();
         const int column = slice % across * kColumns + lane_index() * 4;
-        const std::int64_t first = std::int64_t{tile} * grid.steps / grid.share;
-        const std::int64_t last = (std::int64_t{tile + 1} * grid.steps - 1) / grid.share;
-        std::int64_t offset = (first + tile) * grid.tile_size() + row * grid.tile.n + column;
+        const std::int64_t tiles = grid.tiles(), parts = grid.parts();
         Vector<float, 4> sum{};
 #pragma unroll 4
-        for (std::int64_t block = first; block <= last; ++block) {
-            const auto part = p.parts.template load_vector<4>(offset);
-            offset += grid.tile_size();
+        for (std::int64_t i = tile; i < parts; i += tiles) {
+            const auto part =
+                p.parts.template load_vector<4>(i * grid.tile_size() + row * grid.tile.n + column);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum[i] += part[i];
+            for (int j = 0; j < 4; ++j) sum[j] += part[j];
         }
         std::int64_t first_m, first_n;
         grid.origin(tile, first_m, first_n);

@@ -35,27 +35,25 @@ struct HopperForm {
 };
 using Hopper = HopperForm<false, 2, 0>;
 
-/// How a result is cut into tiles, and the sums of the tiles into shares of blocks. Where blocks work in
-/// clusters, a tile is that of a cluster, and so is all that is said of blocks here.
+/// How a result is cut into tiles, and the sums of the tiles into chunks of steps: a part is a chunk of a
+/// tile. Where blocks work in clusters, a tile is that of a cluster, and so is all that is said of blocks.
 struct ProductGrid {
     static constexpr int kGroupM = 8;  // rows of tiles that are worked on together, to share L2
 
     std::int64_t M, N;
     TileShape tile;
     int tiles_m, tiles_n;
-    int steps;           // of tile.k terms, of one tile
-    std::int64_t share;  // steps of one block where sums are split, else 0
+    int steps;  // of tile.k terms, of one tile
+    int chunk;  // steps of a part: all of them where sums are not split
 
     ProductGrid() = default;
-    ProductGrid(std::int64_t M, std::int64_t N, std::int64_t K, TileShape tile, std::int64_t blocks)
+    ProductGrid(std::int64_t M, std::int64_t N, std::int64_t K, TileShape tile, std::int64_t chunks)
         : M(M), N(N), tile(tile), tiles_m(ceil_div(M, tile.m)), tiles_n(ceil_div(N, tile.n)),
-          steps(K > 0 ? ceil_div(K, tile.k) : 1),
-          share(blocks > 0 ? (all_steps() + blocks - 1) / blocks : 0) {}
+          steps(K > 0 ? ceil_div(K, tile.k) : 1), chunk(ceil_div(steps, chunks)) {}
 
     __host__ __device__ std::int64_t tiles() const { return std::int64_t{tiles_m} * tiles_n; }
-    __host__ __device__ std::int64_t all_steps() const { return tiles() * steps; }
-    __host__ __device__ bool split() const { return share > 0; }
-    std::int64_t blocks() const { return split() ? (all_steps() + share - 1) / share : tiles(); }
+    __host__ __device__ std::int64_t parts() const { return tiles() * ceil_div(steps, chunk); }
+    __host__ __device__ bool split() const { return chunk < steps; }
     __host__ __device__ std::int64_t tile_size() const { return std::int64_t{tile.m} * tile.n; }
     std::string shape() const { return shape_text("M", M, "N", N, "steps", steps); }
 
@@ -68,7 +66,9 @@ struct ProductGrid {
     }
 
 private:
-    static int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
+    __host__ __device__ static int ceil_div(std::int64_t a, std::int64_t b) {
+        return static_cast<int>((a + b - 1) / b);
+    }
 };
 
 /// Where sums go: rows and columns from the first on, of a matrix (M, N).
@@ -76,52 +76,44 @@ struct Place {
     std::int64_t first_m, first_n, M, N;
 };
 
-/// What a block works on, one piece after another: `count` steps of a tile, from step `first` on.
+/// The parts that a block works on, one after another: `count` steps of a tile, from step `first` on. All
+/// tiles of a chunk come before the next chunk, so that blocks at work together share their operands in L2.
 class Pieces {
 public:
-    int tile, first = 0, count;
+    int tile, first, count;
 
     __device__ __forceinline__ Pieces(const ProductGrid& grid, std::int64_t block, std::int64_t blocks)
-        : tile(static_cast<int>(block)), grid_(grid), block_(block), left_(grid.all_steps()),
-          stride_(static_cast<int>(blocks)) {
-        if (grid.split()) {
-            const std::int64_t start = block * grid.share, rest = grid.all_steps() - start;
-            tile = static_cast<int>(start / grid.steps);
-            first = static_cast<int>(start % grid.steps);
-            left_ = grid.share < rest ? grid.share : rest;
-            stride_ = 1;
-        }
-        limit();
+        : grid_(grid), part_(block), stride_(blocks) {
+        find();
     }
 
     __device__ __forceinline__ explicit operator bool() const { return count > 0; }
 
     __device__ __forceinline__ void next() {
-        left_ -= count;
-        tile += stride_;
-        first = 0;
-        limit();
+        part_ += stride_;
+        find();
     }
 
-    /// In the result, or in the workspace (blocks + tiles, tile.m, tile.n) of split sums.
+    /// In the result, or in the workspace (parts, tile.m, tile.n) of split sums.
     __device__ __forceinline__ Place place() const {
-        // From one part to the next either the tile or the block is the next one.
-        const std::int64_t part = (block_ + tile) * grid_.tile.m;
-        if (grid_.split()) return {part, 0, part + grid_.tile.m, grid_.tile.n};
+        const std::int64_t row = part_ * grid_.tile.m;
+        if (grid_.split()) return {row, 0, row + grid_.tile.m, grid_.tile.n};
         Place place{0, 0, grid_.M, grid_.N};
         grid_.origin(tile, place.first_m, place.first_n);
         return place;
     }
 
 private:
-    __device__ __forceinline__ void limit() {
-        const int steps = grid_.steps - first;
-        count = tile >= grid_.tiles() ? 0 : left_ < steps ? static_cast<int>(left_) : steps;
+    __device__ __forceinline__ void find() {
+        const std::int64_t tiles = grid_.tiles();
+        tile = static_cast<int>(part_ % tiles);
+        first = static_cast<int>(part_ / tiles) * grid_.chunk;
+        const int left = grid_.steps - first;
+        count = left < 0 ? 0 : left < grid_.chunk ? left : grid_.chunk;
     }
 
     const ProductGrid& grid_;
-    std::int64_t block_, left_;
-    int stride_;
+    std::int64_t part_, stride_;
 };
 
 }  // namespace gpt1

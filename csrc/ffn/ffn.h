@@ -13,12 +13,12 @@ void gelu_product(int dtype,
                   Array pre,                   // as hidden; may be absent
                   Stream stream);
 
-/// dpre = a b ∘ gelu'(pre), its sums over 64 rows each, and hidden = gelu(pre) once more.
+/// dpre = a b ∘ gelu'(pre), and its sums over 64 rows each.
 void dgelu_product(int dtype,
                    Matrix a,                    // (M, K)
                    Matrix b, bool b_transposed,  // (K, N), or stored as (N, K)
                    Matrix pre,                  // (M, N)
-                   Array dpre, Array hidden,    // as pre; either may be absent
+                   Array dpre,                  // as pre; may be absent
                    Array partial_db,            // (ceil(M / 64), N), fp32; may be absent
                    Stream stream);
 

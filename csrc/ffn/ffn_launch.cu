@@ -12,11 +12,11 @@ void gelu_product(int dtype, Matrix a, Matrix b, bool b_transposed, TypedArray b
     });
 }
 
-void dgelu_product(int dtype, Matrix a, Matrix b, bool b_transposed, Matrix pre, Array dpre, Array hidden,
+void dgelu_product(int dtype, Matrix a, Matrix b, bool b_transposed, Matrix pre, Array dpre,
                    Array partial_db, Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
         using Launch = FfnLaunch<decltype(element)>;
-        Launch::dgelu_product(a, b, b_transposed, pre, dpre, hidden, partial_db, stream);
+        Launch::dgelu_product(a, b, b_transposed, pre, dpre, partial_db, stream);
     });
 }
 

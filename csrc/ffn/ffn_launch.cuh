@@ -10,7 +10,7 @@ struct FfnLaunch {
     static void gelu_product(const Matrix& a, const Matrix& b, bool b_transposed, TypedArray bias,
                              const Matrix& hidden, Array pre, Stream stream);
     static void dgelu_product(const Matrix& a, const Matrix& b, bool b_transposed, const Matrix& pre,
-                              Array dpre, Array hidden, Array partial_db, Stream stream);
+                              Array dpre, Array partial_db, Stream stream);
 };
 
 }  // namespace gpt1

@@ -12,17 +12,17 @@ void FfnLaunch<T>::gelu_product(const Matrix& a, const Matrix& b, bool b_transpo
     const auto& [array, M, N, stride] = hidden;
     const typename Gelu<T>::Params epilogue{Global<T>(array), Global<T>(pre), stride,
                                             FloatArray<true>(bias)};
-    const ProductGrid grid = product_grid(M, N, std::get<2>(a), 0, stream.first);
+    const ProductGrid grid = product_grid(M, N, std::get<2>(a), 1, stream.first);
     launch_product<T, Gelu<T>>(a, b, b_transposed, grid, epilogue, stream);
 }
 
 template <class T>
 void FfnLaunch<T>::dgelu_product(const Matrix& a, const Matrix& b, bool b_transposed, const Matrix& pre,
-                                 Array dpre, Array hidden, Array partial_db, Stream stream) {
+                                 Array dpre, Array partial_db, Stream stream) {
     const auto& [array, M, N, stride] = pre;
-    const typename Dgelu<T>::Params epilogue{Global<const T>(array), Global<T>(dpre), Global<T>(hidden),
+    const typename Dgelu<T>::Params epilogue{Global<const T>(array), Global<T>(dpre),
                                              Global<float>(partial_db), stride};
-    const ProductGrid grid = product_grid(M, N, std::get<2>(a), 0, stream.first);
+    const ProductGrid grid = product_grid(M, N, std::get<2>(a), 1, stream.first);
     launch_product<T, Dgelu<T>>(a, b, b_transposed, grid, epilogue, stream);
 }
 

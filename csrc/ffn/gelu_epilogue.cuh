@@ -49,13 +49,13 @@ private:
     Vector<float, kWidth> bias_;
 };
 
-/// du = acc ∘ gelu'(u); stores du, its sums over 64 rows each, and gelu(u), as wanted.
+/// du = acc ∘ gelu'(u); stores du and its sums over 64 rows each, as wanted.
 template <class T>
 class Dgelu {
 public:
     struct Params {
         Global<const T> pre;       // (M, N)
-        Global<T> dpre, hidden;    // (M, N), may be absent
+        Global<T> dpre;            // (M, N), may be absent
         Global<float> partial_db;  // (ceil(M / 64), N), may be absent
         std::int64_t stride;       // of all of them
     };
@@ -72,17 +72,13 @@ public:
     }
 
     __device__ __forceinline__ void apply(std::int64_t m, Vector<float, kWidth>& x, const Input& pre) {
-        const std::int64_t offset = m * p_.stride + n_;
-        Vector<float, kWidth> u = widen(pre);
+        const Vector<float, kWidth> u = widen(pre);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-            const float gate = gelu_gate(u[i]);
-            x[i] *= gelu_slope(u[i], gate);
-            u[i] *= gate;
+            x[i] *= gelu_slope(u[i], gelu_gate(u[i]));
             sum_[i] += x[i];
         }
-        if (p_.dpre) p_.dpre.store_vector(offset, narrow<T>(x));
-        if (p_.hidden) p_.hidden.store_vector(offset, narrow<T>(u));
+        if (p_.dpre) p_.dpre.store_vector(m * p_.stride + n_, narrow<T>(x));
     }
 
     /// `rows` has to do with the warps that share 64 rows.

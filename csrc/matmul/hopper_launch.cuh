@@ -17,8 +17,7 @@ void launch_hopper(const Matrix& a, const Matrix& b, const ProductGrid& grid,
     };
     const typename Kernel::Params p{map(a, Kernel::kBoxRowsA), map(b, Kernel::kBoxRowsB), grid, epilogue};
     const std::int64_t clusters = processors(stream.first) / Kernel::kCluster;
-    launch<Kernel>((grid.split() ? grid.blocks() : std::min(clusters, grid.tiles())) * Kernel::kCluster,
-                   Kernel::kMaxSharedBytes, stream, p);
+    launch<Kernel>(std::min(clusters, grid.parts()) * Kernel::kCluster, Kernel::kMaxSharedBytes, stream, p);
 }
 
 template <class T, class Epilogue, bool kATransposed>

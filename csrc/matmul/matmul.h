@@ -4,8 +4,8 @@
 
 namespace gpt1 {
 
-/// Of how many elements the fp32 workspace of `matmul` is, and how many blocks share the sums; (0, 0)
-/// where each block has a tile of its own.
+/// Of how many elements the fp32 workspace of `matmul` is, and into how many chunks it cuts the sums: (0, 1)
+/// where it leaves them whole.
 std::pair<std::int64_t, std::int64_t> split_of_matmul(
     std::int64_t M, std::int64_t N, std::int64_t K, int device);
 
@@ -17,7 +17,7 @@ void matmul(int dtype,
             TypedArray bias,              // (N,), may be absent
             Array scale,                  // (), fp32; may be absent
             bool accumulate,              // into an fp32 out
-            Array parts, std::int64_t blocks,  // of split_of_matmul
+            Array parts, std::int64_t chunks,  // of split_of_matmul
             Stream stream);
 
 }  // namespace gpt1

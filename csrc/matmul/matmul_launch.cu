@@ -6,30 +6,37 @@ namespace gpt1 {
 
 namespace {
 
-constexpr std::int64_t kLongSum = 4096;       // the parts of shorter ones would weigh too much
-constexpr std::int64_t kShortestShare = 512;  // terms of a block, at the least
+constexpr std::int64_t kLongSum = 4096;  // the parts of shorter ones would weigh too much
+constexpr std::int64_t kMostChunks = 16;
+constexpr std::int64_t kPartTerms = 1024;  // in whose time a part is written, and read by SumParts
 
 }  // namespace
 
 std::pair<std::int64_t, std::int64_t> split_of_matmul(
     std::int64_t M, std::int64_t N, std::int64_t K, int device) {
-    const ProductGrid whole = product_grid(M, N, K, 0, device);
-    const std::int64_t slots = product_slots(whole, device), tiles = whole.tiles();
-    const std::int64_t waves = (tiles + slots - 1) / slots;
-    // Splitting pays where a tenth of the chip would stand idle.
-    if (K < kLongSum || 10 * tiles >= 9 * waves * slots) return {0, 0};
-    const std::int64_t most = whole.all_steps() * whole.tile.k / kShortestShare;
-    const std::int64_t blocks = slots < most ? slots : most;
-    return {(blocks + tiles) * whole.tile_size(), blocks};
+    const ProductGrid whole = product_grid(M, N, K, 1, device);
+    if (K < kLongSum) return {0, 1};
+    const std::int64_t slots = product_slots(whole, device);
+    const auto terms_in_turn = [&](std::int64_t chunks) {
+        const ProductGrid grid = product_grid(M, N, K, chunks, device);
+        const std::int64_t waves = (grid.parts() + slots - 1) / slots;
+        return waves * (std::int64_t{grid.chunk} * grid.tile.k + (grid.split() ? kPartTerms : 0));
+    };
+    std::int64_t best = 1;
+    for (std::int64_t chunks = 2; chunks <= kMostChunks; ++chunks) {
+        if (terms_in_turn(chunks) < terms_in_turn(best)) best = chunks;
+    }
+    const ProductGrid grid = product_grid(M, N, K, best, device);
+    return {grid.split() ? grid.parts() * grid.tile_size() : 0, best};
 }
 
 void matmul(int dtype, Matrix a, bool a_transposed, Matrix b, bool b_transposed, Matrix out, int out_dtype,
-            TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t blocks,
+            TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t chunks,
             Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
         using Launch = MatmulLaunch<decltype(element)>;
         Launch::start(a, a_transposed, b, b_transposed, out, out_dtype, bias, scale, accumulate,
-                      parts, blocks, stream);
+                      parts, chunks, stream);
     });
 }
 

@@ -9,7 +9,7 @@ template <class T>
 struct MatmulLaunch {
     static void start(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed,
                       const Matrix& out, int out_dtype, TypedArray bias, Array scale, bool accumulate,
-                      Array parts, std::int64_t blocks, Stream stream);
+                      Array parts, std::int64_t chunks, Stream stream);
 };
 
 }  // namespace gpt1

@@ -9,10 +9,10 @@ namespace gpt1 {
 template <class T>
 void MatmulLaunch<T>::start(
     const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const Matrix& out, int out_dtype,
-    TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t blocks, Stream stream) {
+    TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t chunks, Stream stream) {
     const auto& [array, M, N, stride] = out;
     const std::int64_t K = a_transposed ? std::get<1>(a) : std::get<2>(a);
-    const ProductGrid grid = product_grid(M, N, K, blocks, stream.first);
+    const ProductGrid grid = product_grid(M, N, K, chunks, stream.first);
 
     const auto multiply = [&]<class Out>(const typename Store<Out, T>::Params& epilogue) {
         if (a_transposed) launch_product<T, Store<Out, T>, true>(a, b, b_transposed, grid, epilogue, stream);

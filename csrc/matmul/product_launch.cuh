@@ -9,10 +9,10 @@
 namespace gpt1 {
 
 /// How a product is cut on a device: for its kernel for Hopper, or for that of every chip, which also runs
-/// what has no terms. `blocks` share the sums, unless it is 0.
+/// what has no terms. Sums are cut into `chunks`.
 inline ProductGrid product_grid(
-    std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocks, int device) {
-    return {M, N, K, K > 0 && is_hopper(device) ? Hopper::kTile : kTile, blocks};
+    std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t chunks, int device) {
+    return {M, N, K, K > 0 && is_hopper(device) ? Hopper::kTile : kTile, chunks};
 }
 
 /// How many of a grid's blocks, or clusters of them, a device works on at a time.
@@ -58,7 +58,7 @@ void launch_product(
     const auto start = [&]<bool kBTransposed>() {
         using Kernel = Product<T, kATransposed, kBTransposed, Epilogue>;
         typename Kernel::Params p{from_a, from_b, grid, epilogue};
-        launch<Kernel>(grid.blocks(), Kernel::kMaxSharedBytes, stream, p);
+        launch<Kernel>(grid.parts(), Kernel::kMaxSharedBytes, stream, p);
     };
     if constexpr (kATransposed) start.template operator()<false>();
     else b_transposed ? start.template operator()<true>() : start.template operator()<false>();

@@ -99,7 +99,7 @@ def gelu_ffn_bwd(
         launch(
             "dgelu_product", dy, DTYPE_CODES[dy.dtype],
             matrix(dy), matrix(b), b_transposed,
-            matrix(pre), view(dpre), view(None), view(partial_db),
+            matrix(pre), view(dpre), view(partial_db),
         )  # fmt: skip
     if need_b_fc:
         db_fc = column_sums(partial_db)

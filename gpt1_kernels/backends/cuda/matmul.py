@@ -43,13 +43,13 @@ def matmul(
     (M, N), K = out.shape, a.shape[1]
     a_stored, a_transposed = operand(a)
     b_stored, b_transposed = operand(b)
-    elements, blocks = _split(M, N, K, a.get_device())
-    parts = None if blocks == 0 else a.new_empty(elements, dtype=torch.float32)
+    elements, chunks = _split(M, N, K, a.get_device())
+    parts = None if elements == 0 else a.new_empty(elements, dtype=torch.float32)
     launch(
         "matmul", a, DTYPE_CODES[a.dtype],
         matrix(a_stored), a_transposed, matrix(b_stored), b_transposed,
         matrix(out), DTYPE_CODES[out.dtype], typed_view(bias), view(scale), accumulate,
-        view(parts), blocks,
+        view(parts), chunks,
     )  # fmt: skip
 
 
@@ -89,5 +89,5 @@ def matrix(x: Tensor) -> tuple[tuple[int, int], int, int, int]:
 
 @cache
 def _split(M: int, N: int, K: int, index: int) -> tuple[int, int]:
-    """The fp32 elements of the workspace of split sums, and how many blocks share them; or 0, 0."""
+    """The fp32 elements of the workspace of split sums, and their chunks; or 0, 1."""
     return module("cuda_host" if index < 0 else "cuda").split_of_matmul(M, N, K, index)
