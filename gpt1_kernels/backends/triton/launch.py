@@ -116,7 +116,7 @@ def attention_fwd_tiles(D: int, itemsize: int) -> AttentionTiles:
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
-        return AttentionTiles(64, 64, _head_columns(D), num_warps=4, num_stages=3)
+        return AttentionTiles(64, 32, _head_columns(D), num_warps=4, num_stages=3)
     return AttentionTiles(128, 32, _head_columns(D), num_warps=8, num_stages=2)
 
 
@@ -126,7 +126,7 @@ def attention_dq_tiles(D: int, itemsize: int) -> AttentionTiles:
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
-        return AttentionTiles(64, 64, _head_columns(D), num_warps=4, num_stages=3)
+        return AttentionTiles(64, 32, _head_columns(D), num_warps=4, num_stages=3)
     return AttentionTiles(64, 32, _head_columns(D), num_warps=8, num_stages=2)
 
 
@@ -136,7 +136,7 @@ def attention_dkdv_tiles(D: int, itemsize: int) -> AttentionTiles:
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
-        return AttentionTiles(64, 64, _head_columns(D), num_warps=4, num_stages=2)
+        return AttentionTiles(64, 64, _head_columns(D), num_warps=4, num_stages=3)
     return AttentionTiles(32, 64, _head_columns(D), num_warps=8, num_stages=2)
 
 
