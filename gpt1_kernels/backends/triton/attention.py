@@ -29,6 +29,7 @@ from gpt1_kernels.rng import keep_scale
 
 MAX_SIZES = {"head_size": 128}
 MAX_STRIDE = 2**22  # of positions: offsets inside a tile, of 256 rows at most, are 32-bit
+SMALLEST_SCALE = 2.0**-100  # times −∞ it is not NaN
 FEW_KEYS = tl.constexpr(32)  # of one word of dropout bits
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -38,9 +39,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _tile_of_head(tiles, H):
     """The tile, batch and head of a program: all tiles of a head follow each other."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     head = program // tiles
-    return (program % tiles).to(tl.int32), head // H, head % H
+    return program % tiles, (head // H).to(tl.int64), (head % H).to(tl.int64)
 
 
 @triton.jit
@@ -100,11 +101,24 @@ def _keep(
     bit = tl.arange(0, 32)
     if TRANSPOSED:
         bits = tl.load(tile_ptr + (row[None, :] * words + word[:, None]))
-        keep = tl.reshape(bits[:, None, :] >> bit[None, :, None], (BLOCK_N, BLOCK_M))
+        keep = tl.reshape(bits[:, None, :] & (1 << bit)[None, :, None], (BLOCK_N, BLOCK_M))
     else:
         bits = tl.load(tile_ptr + (row[:, None] * words + word[None, :]))
-        keep = tl.reshape(bits[:, :, None] >> bit[None, None, :], (BLOCK_M, BLOCK_N))
-    return (keep & 1) != 0
+        shifted = bits[:, :, None] >> (bit & 6)[None, None, :]
+        keep = tl.reshape(shifted & (1 << (bit & 25))[None, None, :], (BLOCK_M, BLOCK_N))
+    return keep != 0
+
+
+@triton.jit
+def _not_empty(start, end):
+    """The end of a loop from `start` that runs at least once, and is known to.
+
+    Else the sums are zeroed where it is skipped, beside products that may still be in flight, and
+    the compiler waits for every single product.
+    """
+    end = tl.maximum(end, start + 1)
+    tl.assume(start < end)
+    return end
 
 
 @triton.jit
@@ -116,60 +130,20 @@ def _key_mask(key, first_key, Tk):
 
 
 @triton.jit
+def _first_masked(position, start, first_key, BLOCK_N: tl.constexpr):
+    """The first key of the tiles that some query from `position` on does not see all of."""
+    if first_key is None:
+        return tl.maximum((position + 1) // BLOCK_N * BLOCK_N, start)
+    else:
+        return start
+
+
+@triton.jit
 def _visible(position, key, first_key):
     visible = key <= position
     if first_key is not None:
         visible &= key >= first_key
     return visible
-
-
-@triton.jit
-def _attend(
-    acc,  # (BLOCK_M, BLOCK_D), Σ keep ∘ exp2(s − m) V
-    total,  # (BLOCK_M,), Σ exp2(s − m)
-    m,  # (BLOCK_M,), the largest score in base 2
-    q,  # (BLOCK_M, BLOCK_D)
-    k_ptr,  # (Tk, D)
-    v_ptr,  # (Tk, D)
-    keep_bits_ptr,  # (Tq, words) or None
-    start,
-    end,
-    start_m,
-    first_key,
-    Tq,
-    Tk,
-    stride_kt,
-    stride_vt,
-    qk_scale,
-    MASKED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    BLOCK_M: tl.constexpr = q.shape[0]
-    position = start_m + Tk - Tq + tl.arange(0, BLOCK_M)
-    for start_n in range(start, end, BLOCK_N):
-        key = start_n + tl.arange(0, BLOCK_N)
-        key_mask = _key_mask(key, first_key, Tk) if MASKED else None
-        k = _load_tile(k_ptr, start_n, stride_kt, key_mask, BLOCK_N, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        if MASKED:
-            visible = _visible(position[:, None], key[None, :], first_key)
-            s = tl.where(visible, s, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=1))
-        shift = m_new
-        if first_key is not None:  # a row that has seen no key yet must not compute −∞ − (−∞)
-            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-        p = tl.exp2(s - shift[:, None])
-        alpha = tl.exp2(m - shift)
-        total = total * alpha + tl.sum(p, axis=1)
-        if keep_bits_ptr is not None:
-            keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, False)
-            p = tl.where(keep, p, 0.0)
-        v = _load_tile(v_ptr, start_n, stride_vt, key_mask, BLOCK_N, D, BLOCK_D)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m = m_new
-    return acc, total, m
 
 
 @triton.jit(do_not_specialize=["H", "Tq", "Tk"])
@@ -203,7 +177,7 @@ def causal_attention_fwd_kernel(
     start = 0
     first_key = None
     if first_key_ptr is not None:
-        first_key = tl.maximum(tl.load(first_key_ptr + batch), 0)
+        first_key = tl.minimum(tl.maximum(tl.load(first_key_ptr + batch), 0), Tk)
         row_mask &= row + Tk - Tq >= first_key
         start = first_key // BLOCK_N * BLOCK_N
 
@@ -214,20 +188,36 @@ def causal_attention_fwd_kernel(
     if keep_bits_ptr is not None:
         keep_bits_ptr += first_row * tl.cdiv(Tk, 32)
     q = _load_tile(q_ptr, start_m, q_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
+    qk_scale = scale * LOG2_E
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     m = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
 
-    diagonal = tl.maximum((start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N, start)
-    end = tl.minimum(start_m + BLOCK_M + Tk - Tq, Tk)
-    acc, total, m = _attend(
-        acc, total, m, q, k_ptr, v_ptr, keep_bits_ptr, start, diagonal, start_m, first_key, Tq, Tk,
-        k_strides[1], v_strides[1], scale * LOG2_E, first_key_ptr is not None, D, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    acc, total, m = _attend(
-        acc, total, m, q, k_ptr, v_ptr, keep_bits_ptr, diagonal, end, start_m, first_key, Tq, Tk,
-        k_strides[1], v_strides[1], scale * LOG2_E, True, D, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    position = row + Tk - Tq
+    masked = _first_masked(start_m + Tk - Tq, start, first_key, BLOCK_N)
+    end = _not_empty(start, tl.minimum(start_m + BLOCK_M + Tk - Tq, Tk))
+    for start_n in range(start, end, BLOCK_N):
+        key = start_n + tl.arange(0, BLOCK_N)
+        key_mask = _key_mask(key, first_key, Tk)
+        k = _load_tile(k_ptr, start_n, k_strides[1], key_mask, BLOCK_N, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if start_n >= masked:
+            visible = _visible(position[:, None], key[None, :], first_key)
+            s = tl.where(visible, s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1) * qk_scale)
+        shift = m_new
+        if first_key is not None:  # a row that has seen no key yet must not compute −∞ − (−∞)
+            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        p = tl.exp2(s * qk_scale - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        total = total * alpha + tl.sum(p, axis=1)
+        if keep_bits_ptr is not None:
+            keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, False)
+            # A zero in disguise: a plain one is chosen after the rounding, half word by half word.
+            p = tl.where(keep, p, tl.minimum(keep_scale, 0.0))
+        v = _load_tile(v_ptr, start_n, v_strides[1], key_mask, BLOCK_N, D, BLOCK_D)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
 
     # A row that sees no key has acc = total = 0 and m = −∞, so O = 0 and lse = −∞.
     o = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
@@ -251,14 +241,14 @@ def _p_and_dp(
     Tq,
     Tk,
     qk_scale,
-    MASKED: tl.constexpr,
+    masked,
 ):
     """The probabilities and their gradients over keep_scale, both (BLOCK_M, BLOCK_N)."""
     BLOCK_M: tl.constexpr = q.shape[0]
     BLOCK_N: tl.constexpr = k.shape[0]
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
     p = tl.exp2(s - lse[:, None])
-    if MASKED:
+    if masked:
         position = start_m + Tk - Tq + tl.arange(0, BLOCK_M)
         key = start_n + tl.arange(0, BLOCK_N)
         p = tl.where(_visible(position[:, None], key[None, :], first_key), p, 0.0)
@@ -299,43 +289,6 @@ def _delta_of_few_keys(
     return tl.sum(p * dp, axis=1) / tl.where(total == 0.0, 1.0, total)
 
 
-@triton.jit
-def _dq_of_keys(
-    dq,  # (BLOCK_M, BLOCK_D)
-    q,  # (BLOCK_M, BLOCK_D)
-    do,  # (BLOCK_M, BLOCK_D)
-    k_ptr,  # (Tk, D)
-    v_ptr,  # (Tk, D)
-    lse,  # (BLOCK_M,), in base 2
-    delta,  # (BLOCK_M,)
-    keep_bits_ptr,  # (Tq, words) or None
-    start,
-    end,
-    start_m,
-    first_key,
-    Tq,
-    Tk,
-    stride_kt,
-    stride_vt,
-    qk_scale,
-    MASKED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    BLOCK_D: tl.constexpr = q.shape[1]
-    for start_n in range(start, end, BLOCK_N):
-        key = start_n + tl.arange(0, BLOCK_N)
-        key_mask = _key_mask(key, first_key, Tk) if MASKED else None
-        k = _load_tile(k_ptr, start_n, stride_kt, key_mask, BLOCK_N, D, BLOCK_D)
-        v = _load_tile(v_ptr, start_n, stride_vt, key_mask, BLOCK_N, D, BLOCK_D)
-        p, dp = _p_and_dp(
-            q, do, k, v, lse, keep_bits_ptr, start_m, start_n, first_key, Tq, Tk, qk_scale, MASKED
-        )
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
-
-
 @triton.jit(do_not_specialize=["H", "Tq", "Tk"])
 def causal_attention_bwd_dq_kernel(
     do_ptr,  # (B, Tq, H, D)
@@ -346,7 +299,7 @@ def causal_attention_bwd_dq_kernel(
     lse_ptr,  # (B, H, Tq)
     keep_bits_ptr,  # (B, H, Tq, words), None without dropout
     first_key_ptr,  # (B,) or None
-    delta_ptr,  # (B, H, Tq)
+    lse_and_delta_ptr,  # (B, H, Tq, 2), lse in base 2
     dq_ptr,  # (B, Tq, H, D) or None
     q_strides,  # of B, T and H
     k_strides,
@@ -371,7 +324,7 @@ def causal_attention_bwd_dq_kernel(
     first_visible = 0
     first_key = None
     if first_key_ptr is not None:
-        first_key = tl.maximum(tl.load(first_key_ptr + batch), 0)
+        first_key = tl.minimum(tl.maximum(tl.load(first_key_ptr + batch), 0), Tk)
         row_mask &= row + Tk - Tq >= first_key
         first_visible = first_key
     start = first_visible // BLOCK_N * BLOCK_N
@@ -388,8 +341,6 @@ def causal_attention_bwd_dq_kernel(
     # With lse = ∞, a row that does not exist or is padding has p = 0.
     lse = tl.load(lse_ptr + first_row + row, mask=row_mask, other=float("inf")) * LOG2_E
 
-    diagonal = tl.maximum((start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N, start)
-    end = tl.minimum(start_m + BLOCK_M + Tk - Tq, Tk)
     o_ptr = _head(o_ptr, o_strides, batch, head)
     o = _load_tile(o_ptr, start_m, o_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
     # Where keep_scale is not at least 1, it is 0, and so is O.
@@ -402,78 +353,26 @@ def causal_attention_bwd_dq_kernel(
             k_strides[1], v_strides[1], scale * LOG2_E, D,
         )  # fmt: skip
         delta = tl.where(row + Tk - Tq < few + FEW_KEYS, exact, delta)
-    tl.store(delta_ptr + first_row + row, delta, mask=row < Tq)
+    # Side by side, they are one load, which the threads share.
+    pointers = lse_and_delta_ptr + (2 * first_row + (2 * row[:, None] + tl.arange(0, 2)[None, :]))
+    tl.store(pointers, tl.join(lse, delta), mask=(row < Tq)[:, None])
 
     if dq_ptr is not None:
         dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        dq = _dq_of_keys(
-            dq, q, do, k_ptr, v_ptr, lse, delta, keep_bits_ptr, start, diagonal, start_m, first_key,
-            Tq, Tk, k_strides[1], v_strides[1], scale * LOG2_E, first_key_ptr is not None, D,
-            BLOCK_N,
-        )  # fmt: skip
-        dq = _dq_of_keys(
-            dq, q, do, k_ptr, v_ptr, lse, delta, keep_bits_ptr, diagonal, end, start_m, first_key,
-            Tq, Tk, k_strides[1], v_strides[1], scale * LOG2_E, True, D, BLOCK_N,
-        )  # fmt: skip
+        masked = _first_masked(start_m + Tk - Tq, start, first_key, BLOCK_N)
+        end = _not_empty(start, tl.minimum(start_m + BLOCK_M + Tk - Tq, Tk))
+        for start_n in range(start, end, BLOCK_N):
+            key_mask = _key_mask(start_n + tl.arange(0, BLOCK_N), first_key, Tk)
+            k = _load_tile(k_ptr, start_n, k_strides[1], key_mask, BLOCK_N, D, BLOCK_D)
+            v = _load_tile(v_ptr, start_n, v_strides[1], key_mask, BLOCK_N, D, BLOCK_D)
+            p, dp = _p_and_dp(
+                q, do, k, v, lse, keep_bits_ptr, start_m, start_n, first_key, Tq, Tk,
+                scale * LOG2_E, start_n >= masked,
+            )  # fmt: skip
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         dq_ptr = _head(dq_ptr, dq_strides, batch, head)
         _store_tile(dq_ptr, start_m, dq_strides[1], row < Tq, dq * (scale * keep_scale), D)
-
-
-@triton.jit
-def _dkdv_of_queries(
-    dk,  # (BLOCK_N, BLOCK_D)
-    dv,  # (BLOCK_N, BLOCK_D)
-    k,  # (BLOCK_N, BLOCK_D)
-    v,  # (BLOCK_N, BLOCK_D)
-    do_ptr,  # (Tq, D)
-    q_ptr,  # (Tq, D)
-    lse_ptr,  # (Tq,)
-    delta_ptr,  # (Tq,), None if dK is not needed
-    keep_bits_ptr,  # (Tq, words) or None
-    start,
-    end,
-    start_n,
-    first_key,
-    Tq,
-    Tk,
-    stride_dot,
-    stride_qt,
-    qk_scale,
-    MASKED: tl.constexpr,
-    NEED_DV: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    BLOCK_N: tl.constexpr = k.shape[0]
-    BLOCK_D: tl.constexpr = k.shape[1]
-    key = start_n + tl.arange(0, BLOCK_N)
-    for start_m in range(start, end, BLOCK_M):
-        row = start_m + tl.arange(0, BLOCK_M)
-        position = row + Tk - Tq
-        row_mask = row < Tq
-        if first_key is not None:
-            row_mask &= position >= first_key
-        # Everything is transposed, so that P and dS are left operands, straight from registers. A
-        # row that does not exist or is padding has zeros for q, do, lse and delta, and adds zeros.
-        q = _load_tile(q_ptr, start_m, stride_qt, row_mask, BLOCK_M, D, BLOCK_D)
-        do = _load_tile(do_ptr, start_m, stride_dot, row_mask, BLOCK_M, D, BLOCK_D)
-        if delta_ptr is not None:
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        lse = tl.load(lse_ptr + row, mask=row_mask, other=0.0) * LOG2_E
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale - lse[None, :])
-        if MASKED:
-            p = tl.where(_visible(position[None, :], key[:, None], first_key), p, 0.0)
-        z = p
-        if keep_bits_ptr is not None:
-            keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, True)
-            z = tl.where(keep, p, 0.0)
-        if delta_ptr is not None:
-            delta = tl.load(delta_ptr + row, mask=row_mask, other=0.0)
-            ds = z * dp - p * delta[None, :]  # over keep_scale
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-        if NEED_DV:
-            dv = tl.dot(z.to(do.dtype), do, dv, input_precision="ieee")
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=["H", "Tq", "Tk"])
@@ -482,8 +381,7 @@ def causal_attention_bwd_dkdv_kernel(
     q_ptr,  # (B, Tq, H, D)
     k_ptr,  # (B, Tk, H, D)
     v_ptr,  # (B, Tk, H, D)
-    lse_ptr,  # (B, H, Tq)
-    delta_ptr,  # (B, H, Tq), None if dK is not needed
+    lse_and_delta_ptr,  # (B, H, Tq, 2), lse in base 2
     keep_bits_ptr,  # (B, H, Tq, words), None without dropout
     first_key_ptr,  # (B,) or None
     dk_ptr,  # (B, Tk, H, D) or None
@@ -512,7 +410,7 @@ def causal_attention_bwd_dkdv_kernel(
     end = Tq
     first_key = None
     if first_key_ptr is not None:
-        first_key = tl.maximum(tl.load(first_key_ptr + batch), 0)
+        first_key = tl.minimum(tl.maximum(tl.load(first_key_ptr + batch), 0), Tk)
         key_mask &= key >= first_key
         first_query = tl.maximum(first_query, first_key + Tq - Tk)
         end = tl.where(start_n + BLOCK_N <= first_key, 0, Tq)  # nothing sees padding
@@ -522,9 +420,7 @@ def causal_attention_bwd_dkdv_kernel(
     do_ptr = _head(do_ptr, do_strides, batch, head)
     q_ptr = _head(q_ptr, q_strides, batch, head)
     first_row = (batch * H + head) * Tq
-    lse_ptr += first_row
-    if delta_ptr is not None:
-        delta_ptr += first_row
+    lse_and_delta_ptr += 2 * first_row
     if keep_bits_ptr is not None:
         keep_bits_ptr += first_row * tl.cdiv(Tk, 32)
     k = _load_tile(k_ptr, start_n, k_strides[1], key_mask, BLOCK_N, D, BLOCK_D)
@@ -533,18 +429,39 @@ def causal_attention_bwd_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
 
     start = first_query // BLOCK_M * BLOCK_M
-    below = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 + Tq - Tk, 0), BLOCK_M) * BLOCK_M
-    below = tl.minimum(tl.maximum(below, start), end)
-    dk, dv = _dkdv_of_queries(
-        dk, dv, k, v, do_ptr, q_ptr, lse_ptr, delta_ptr, keep_bits_ptr, start, below, start_n,
-        first_key, Tq, Tk, do_strides[1], q_strides[1], scale * LOG2_E, True, dv_ptr is not None,
-        D, BLOCK_M,
-    )  # fmt: skip
-    dk, dv = _dkdv_of_queries(
-        dk, dv, k, v, do_ptr, q_ptr, lse_ptr, delta_ptr, keep_bits_ptr, below, end, start_n,
-        first_key, Tq, Tk, do_strides[1], q_strides[1], scale * LOG2_E,
-        first_key_ptr is not None, dv_ptr is not None, D, BLOCK_M,
-    )  # fmt: skip
+    qk_scale = scale * LOG2_E
+    end = _not_empty(start, end)
+    unmasked = start_n + BLOCK_N - 1 + Tq - Tk
+    if first_key is not None:
+        unmasked = end
+    for start_m in range(start, end, BLOCK_M):
+        row = start_m + tl.arange(0, BLOCK_M)
+        position = row + Tk - Tq
+        row_mask = row < Tq
+        if first_key is not None:
+            row_mask &= position >= first_key
+        # Everything is transposed, so that P and dS are left operands, straight from registers. A
+        # row that does not exist or is padding has zeros for q, do, lse and delta, and adds zeros.
+        q = _load_tile(q_ptr, start_m, q_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
+        do = _load_tile(do_ptr, start_m, do_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
+        pointers = lse_and_delta_ptr + (2 * row[:, None] + tl.arange(0, 2)[None, :])
+        lse, delta = tl.split(tl.load(pointers, mask=row_mask[:, None], other=0.0))
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
+        if dk_ptr is not None:
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        p = tl.exp2(s - lse[None, :])
+        if start_m < unmasked:
+            p = tl.where(_visible(position[None, :], key[:, None], first_key), p, 0.0)
+        z = p
+        if keep_bits_ptr is not None:
+            keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, True)
+            z = tl.where(keep, p, 0.0)
+        if dv_ptr is not None:
+            dv = tl.dot(z.to(do.dtype), do, dv, input_precision="ieee")
+        if dk_ptr is not None:
+            ds = z * dp - p * delta[None, :]  # over keep_scale
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+
     if dk_ptr is not None:
         dk_ptr = _head(dk_ptr, dk_strides, batch, head)
         _store_tile(dk_ptr, start_n, dk_strides[1], key < Tk, dk * (scale * keep_scale), D)
@@ -644,6 +561,10 @@ def _contiguous_strides(T: int, H: int, D: int) -> tuple[int, int, int]:
 def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
     B, Tq, H, D = q.shape
     q, k, v = _within_reach(q, k, v)
+    # The kernel takes the largest product for the largest score.
+    if scale < 0:
+        q, scale = -q, -scale
+    scale = max(scale, SMALLEST_SCALE)
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if q.numel() > 0:
         tiles = attention_fwd_tiles(D, q.itemsize)
@@ -660,21 +581,24 @@ def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, drop
     B, Tq, H, D = q.shape
     Tk = k.shape[1]
     q, k, v = _within_reach(q, k, v)
+    if q.numel() == 0:  # keys without queries have no gradients
+        for grad in (dk, dv):
+            if grad is not None:
+                grad.zero_()
+        return
     o_strides = _contiguous_strides(Tq, H, D)
-    delta = None
-    if (dq is not None or dk is not None) and q.numel() > 0:
-        delta = torch.empty_like(lse)
-        tiles = attention_dq_tiles(D, q.itemsize)
-        launch(
-            causal_attention_bwd_dq_kernel, (B * H * cdiv(Tq, tiles.BLOCK_M),), tiles,
-            do, q, k, v, o, lse, keep_bits, first_key, delta, dq,
-            *_strides(q, k, v), o_strides, *_strides(dq),
-            scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
-        )  # fmt: skip
-    if (dk is not None or dv is not None) and k.numel() > 0:
+    lse_and_delta = lse.new_empty(B, H, Tq, 2)
+    tiles = attention_dq_tiles(D, q.itemsize)
+    launch(
+        causal_attention_bwd_dq_kernel, (B * H * cdiv(Tq, tiles.BLOCK_M),), tiles,
+        do, q, k, v, o, lse, keep_bits, first_key, lse_and_delta, dq,
+        *_strides(q, k, v), o_strides, *_strides(dq),
+        scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
+    )  # fmt: skip
+    if dk is not None or dv is not None:
         tiles = attention_dkdv_tiles(D, q.itemsize)
         launch(
             causal_attention_bwd_dkdv_kernel, (B * H * cdiv(Tk, tiles.BLOCK_N),), tiles,
-            do, q, k, v, lse, None if dk is None else delta, keep_bits, first_key, dk, dv,
+            do, q, k, v, lse_and_delta, keep_bits, first_key, dk, dv,
             o_strides, *_strides(q, k, v, dk, dv), scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
         )  # fmt: skip

@@ -111,31 +111,31 @@ def row_tiles(C: int, elements_per_thread: int, fewest_warps: int = 4) -> RowTil
 
 @cache
 def attention_fwd_tiles(D: int, itemsize: int) -> AttentionTiles:
-    """Many queries to a tile, so that keys, values and dropout bits are read few times."""
+    """Small tiles, so that many programs share a processor and wait for different things."""
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
-        return AttentionTiles(64, 64, _head_columns(D), num_warps=4, num_stages=3)
+        return AttentionTiles(64, 32, _head_columns(D), num_warps=4, num_stages=3)
     return AttentionTiles(128, 32, _head_columns(D), num_warps=8, num_stages=2)
 
 
 @cache
 def attention_dq_tiles(D: int, itemsize: int) -> AttentionTiles:
-    """Half of forward's queries to a tile: there are twice as many scores in registers."""
+    """As in forward, but fewer queries of wide heads: twice as many scores are in registers."""
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
-        return AttentionTiles(64, 64, _head_columns(D), num_warps=4, num_stages=3)
+        return AttentionTiles(64, 32, _head_columns(D), num_warps=4, num_stages=3)
     return AttentionTiles(64, 32, _head_columns(D), num_warps=8, num_stages=2)
 
 
 @cache
 def attention_dkdv_tiles(D: int, itemsize: int) -> AttentionTiles:
-    """Many keys to a tile, so that queries and their gradients are read few times."""
+    """More keys than queries to a tile, since the sums of the keys stay in registers."""
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
-        return AttentionTiles(64, 64, _head_columns(D), num_warps=4, num_stages=2)
+        return AttentionTiles(32, 64, _head_columns(D), num_warps=4, num_stages=3)
     return AttentionTiles(32, 64, _head_columns(D), num_warps=8, num_stages=2)
 
 
