@@ -60,6 +60,8 @@ class AttentionTiles:
     BLOCK_D: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    """Registers of a thread, at most."""
 
 
 @dataclass(frozen=True)
