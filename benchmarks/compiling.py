@@ -62,6 +62,7 @@ def compiling(capability: int, shared_memory: int, seen: Callable) -> Iterator[N
             launch,
             processors=lambda device: PROCESSORS,
             has_bulk_copies=lambda device: capability >= 90,
+            is_hopper=lambda device: capability // 10 == 9,
             shared_memory=lambda device: shared_memory,
         ),
     ):

@@ -567,7 +567,7 @@ def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
     scale = max(scale, SMALLEST_SCALE)
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if q.numel() > 0:
-        tiles = attention_fwd_tiles(D, q.itemsize)
+        tiles = attention_fwd_tiles(D, q.itemsize, q.device)
         launch(
             causal_attention_fwd_kernel, (B * H * cdiv(Tq, tiles.BLOCK_M),), tiles,
             q, k, v, keep_bits, first_key, o, lse,
@@ -588,7 +588,7 @@ def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, drop
         return
     o_strides = _contiguous_strides(Tq, H, D)
     lse_and_delta = lse.new_empty(B, H, Tq, 2)
-    tiles = attention_dq_tiles(D, q.itemsize)
+    tiles = attention_dq_tiles(D, q.itemsize, q.device)
     launch(
         causal_attention_bwd_dq_kernel, (B * H * cdiv(Tq, tiles.BLOCK_M),), tiles,
         do, q, k, v, o, lse, keep_bits, first_key, lse_and_delta, dq,
@@ -596,7 +596,7 @@ def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, drop
         scale, keep_scale(dropout_p), H, Tq, Tk, D=D,
     )  # fmt: skip
     if dk is not None or dv is not None:
-        tiles = attention_dkdv_tiles(D, q.itemsize)
+        tiles = attention_dkdv_tiles(D, q.itemsize, q.device)
         launch(
             causal_attention_bwd_dkdv_kernel, (B * H * cdiv(Tk, tiles.BLOCK_N),), tiles,
             do, q, k, v, lse_and_delta, keep_bits, first_key, dk, dv,

@@ -6,8 +6,8 @@ memory a layer than u alone, and the epilogue of dy W₂ᵀ need not write gelu(
 an H100 a quarter of that product's time.
 
 The tanh is a sigmoid: gelu_tanh(u) = ½ u (1 + tanh z) = u σ(2z), which loses no digits for small u.
-Each of its steps is one instruction: `tl.exp2` is, while `tl.exp` takes care of subnormal results,
-and the square of `tl.rsqrt` is a reciprocal, while a division takes care of subnormal divisors.
+But in fp32, each of its steps is one instruction: `tl.exp2` is, while `tl.exp` takes care of
+subnormal results, and the square of `tl.rsqrt` is a reciprocal to 22 bits.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from gpt1_kernels.backends.triton.launch import cdiv, product_tiles
 from gpt1_kernels.backends.triton.matmul import matmul, product, store_product, strip_indices
 from gpt1_kernels.backends.triton.partials import sum_partials, sum_rows
 
-_LINEAR, _CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715  # of 2z
-LINEAR, THRICE_CUBIC = tl.constexpr(_LINEAR), tl.constexpr(3 * _CUBIC)
-LINEAR_2, CUBIC_2 = (tl.constexpr(-c * math.log2(math.e)) for c in (_LINEAR, _CUBIC))
+LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))  # of 2z = √(8/π) (u + 0.044715 u³)
+CUBIC = tl.constexpr(LINEAR.value * 0.044715)
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _gelu_gate(u):
-    """σ(2z) with z = √(2/π) (u + 0.044715 u³)."""
-    root = tl.rsqrt(1.0 + tl.exp2(u * (LINEAR_2 + CUBIC_2 * (u * u))))
-    return root * root
+def _gelu_gate(u, EXACT: tl.constexpr):
+    """σ(2z)."""
+    if EXACT:
+        return 1.0 / (1.0 + tl.exp(-u * (LINEAR + CUBIC * (u * u))))
+    else:
+        root = tl.rsqrt(1.0 + tl.exp2(u * (-LINEAR * LOG2_E - CUBIC * LOG2_E * (u * u))))
+        return root * root
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def gelu_product(strips, first_m, first_n, M, N, stride, tensors):
         if pre_ptr is not None:
             tl.store(pre_ptr + offset, pre, mask=mask)
         u = pre.to(tl.float32)
-        hidden = u * _gelu_gate(u)
+        hidden = u * _gelu_gate(u, hidden_ptr.dtype.element_ty == tl.float32)
         tl.store(hidden_ptr + offset, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
@@ -65,8 +68,8 @@ def dgelu_product(strips, first_m, first_n, M, N, stride, tensors):
         m, n = strip_indices(strips[index], index, first_m, first_n)
         mask = (m < M) & (n < N)
         u = tl.load(pre_ptr + m * stride + n, mask=mask, other=0.0).to(tl.float32)
-        gate = _gelu_gate(u)
-        slope = LINEAR + THRICE_CUBIC * (u * u)  # of 2z
+        gate = _gelu_gate(u, pre_ptr.dtype.element_ty == tl.float32)
+        slope = LINEAR + 3 * CUBIC * (u * u)
         dpre = strips[index] * (gate * (1.0 + u * slope * (1.0 - gate)))
         if dpre_ptr is not None:
             tl.store(dpre_ptr + m * stride + n, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)

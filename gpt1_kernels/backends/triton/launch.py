@@ -60,8 +60,6 @@ class AttentionTiles:
     BLOCK_D: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
-    """Registers of a thread, at most."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +109,17 @@ def row_tiles(C: int, elements_per_thread: int, fewest_warps: int = 4) -> RowTil
     return RowTiles(BLOCK_N, BLOCK_C, num_warps)
 
 
-@cache
-def attention_fwd_tiles(D: int, itemsize: int) -> AttentionTiles:
+def attention_fwd_tiles(D: int, itemsize: int, device: torch.device) -> AttentionTiles:
     """Small tiles, so that many programs share a processor and wait for different things."""
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
-        return AttentionTiles(64, 32, _head_columns(D), num_warps=4, num_stages=3)
+        BLOCK_N = 64 if is_hopper(device) else 32
+        return AttentionTiles(64, BLOCK_N, _head_columns(D), num_warps=4, num_stages=3)
     return AttentionTiles(128, 32, _head_columns(D), num_warps=8, num_stages=2)
 
 
-@cache
-def attention_dq_tiles(D: int, itemsize: int) -> AttentionTiles:
+def attention_dq_tiles(D: int, itemsize: int, device: torch.device) -> AttentionTiles:
     """As in forward, but fewer queries of wide heads: twice as many scores are in registers."""
     if itemsize == 4:
         return _fp32_attention_tiles(D)
@@ -131,13 +128,13 @@ def attention_dq_tiles(D: int, itemsize: int) -> AttentionTiles:
     return AttentionTiles(64, 32, _head_columns(D), num_warps=8, num_stages=2)
 
 
-@cache
-def attention_dkdv_tiles(D: int, itemsize: int) -> AttentionTiles:
-    """More keys than queries to a tile, since the sums of the keys stay in registers."""
+def attention_dkdv_tiles(D: int, itemsize: int, device: torch.device) -> AttentionTiles:
+    """More queries than 32 would spill registers, but on 9.0 they do not."""
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
-        return AttentionTiles(32, 64, _head_columns(D), num_warps=4, num_stages=3)
+        BLOCK_M = 64 if is_hopper(device) else 32
+        return AttentionTiles(BLOCK_M, 64, _head_columns(D), num_warps=4, num_stages=3)
     return AttentionTiles(32, 64, _head_columns(D), num_warps=8, num_stages=2)
 
 
@@ -280,6 +277,12 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return SMALLEST_SHARED_MEMORY
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the chip is of compute capability 9."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
