@@ -87,7 +87,7 @@ struct HopperProduct {
             for (int group = 0; group < kGroups; ++group) turns.init(group, 4);
             fence_copy_barriers();
         }
-        everyone();
+        cluster_barrier();
         if (warpgroup_index() == kGroups) {
             release_registers<kFetchingRegisters>();
             if (thread_index() == kGroups * kWarpgroup) fetch(p, tiles_a, tiles_b, full, empty);
@@ -95,7 +95,7 @@ struct HopperProduct {
             claim_registers<kMultiplyingRegisters>();
             consume(p, tiles_a, tiles_b, strips, full, empty, turns);
         }
-        if constexpr (kCluster > 1) everyone();  // no block leaves while others arrive at its barriers
+        cluster_barrier();  // no block leaves while the other arrives at its barriers
     }
 
 private:
@@ -117,14 +117,6 @@ private:
         }
     };
 
-    /// All threads of the cluster.
-    __device__ __forceinline__ static void everyone() {
-        if constexpr (kCluster > 1) cluster_barrier();
-        else barrier();
-    }
-
-    __device__ __forceinline__ static int rank() { return kCluster > 1 ? cluster_rank() : 0; }
-
     __device__ __forceinline__ static Pieces pieces(const Params& p) {
         return Pieces(p.grid, block_index() / kCluster, grid_size() / kCluster);
     }
@@ -137,8 +129,8 @@ private:
         for (Pieces piece = pieces(p); piece; piece.next()) {
             std::int64_t first_m, first_n;
             p.grid.origin(piece.tile, first_m, first_n);
-            const int m = static_cast<int>(first_m) + rank() * kBlockM;
-            const int n = static_cast<int>(first_n) + rank() * kFetchedN;
+            const int m = static_cast<int>(first_m) + cluster_rank() * kBlockM;
+            const int n = static_cast<int>(first_n) + cluster_rank() * kFetchedN;
             for (int step = piece.first; step < piece.first + piece.count; ++step) {
                 const int k = step * kBlockK;
                 empty.wait(at.stage, at.parity ^ 1);
@@ -151,25 +143,18 @@ private:
                 } else {
                     copy_box(tiles_a, at.stage * kSizeA, p.a, m, k, full, at.stage);
                 }
-                const int to = at.stage * kSizeB + rank() * kFetchedN * kBlockK;
+                const int to = at.stage * kSizeB + cluster_rank() * kFetchedN * kBlockK;
                 if constexpr (kBDown) {
 #pragma unroll
                     for (int j = 0; j < kFetchedN; j += kBoxColumns) {
-                        fetch_b(tiles_b, to + j * kBlockK, p.b, k, n + j, full, at.stage);
+                        copy_box_to_all<kCluster>(tiles_b, to + j * kBlockK, p.b, k, n + j, full, at.stage);
                     }
                 } else {
-                    fetch_b(tiles_b, to, p.b, n, k, full, at.stage);
+                    copy_box_to_all<kCluster>(tiles_b, to, p.b, n, k, full, at.stage);
                 }
                 at.next();
             }
         }
-    }
-
-    __device__ __forceinline__ static void fetch_b(
-        const Shared<T>& to, int i, const TensorMap& from, int row, int column, const CopyBarriers& full,
-        int stage) {
-        if constexpr (kCluster > 1) copy_box_to_all<kCluster>(to, i, from, row, column, full, stage);
-        else copy_box(to, i, from, row, column, full, stage);
     }
 
     __device__ __forceinline__ static void consume(
@@ -179,8 +164,6 @@ private:
         Position at;
         int turn = 0;
         std::uint32_t parity = group == 0;  // the first turn of the first group comes without a wait
-        bool lead = Form::kLead > 0;
-        if (Form::kLead > 0 && group == 1) barrier_wait<3, kGroups * kWarpgroup>();
         for (Pieces piece = pieces(p); piece; piece.next()) {
             if (Form::kInTurns && turn++ % kGroups != group) {
                 at.skip(piece.count);
@@ -192,18 +175,16 @@ private:
                 parity ^= 1;
             }
             Sums sums;
-            multiply(sums, at, piece.count, tiles_a, group_m * kBlockK, tiles_b, full, empty, turns, lead,
-                     group);
+            multiply(sums, at, piece.count, tiles_a, group_m * kBlockK, tiles_b, full, empty, turns, group);
             Place place = piece.place();
-            place.first_m += rank() * kBlockM + group_m;
+            place.first_m += cluster_rank() * kBlockM + group_m;
             finish(p.epilogue, sums, strips, place);
         }
     }
 
     __device__ __forceinline__ static void multiply(
         Sums& sums, Position& at, int steps, const Shared<T>& tiles_a, int offset_a, const Shared<T>& tiles_b,
-        const CopyBarriers& full, const CopyBarriers& empty, const CopyBarriers& turns, bool& lead,
-        int group) {
+        const CopyBarriers& full, const CopyBarriers& empty, const CopyBarriers& turns, int group) {
         int before = at.stage;
         for (int step = 0; step < steps; ++step) {
             full.wait(at.stage, at.parity);
@@ -221,10 +202,6 @@ private:
                 }
             }
             products_commit();
-            if (Form::kLead > 0 && group == 0 && lead && (step + 1 == Form::kLead || step + 1 == steps)) {
-                barrier_arrive<3, kGroups * kWarpgroup>();
-                lead = false;
-            }
             products_wait<1>();
             if (step > 0) release(empty, before);
             before = at.stage;
@@ -239,11 +216,7 @@ private:
 
     /// Tells those that fetch that this warp has read a stage.
     __device__ __forceinline__ static void release(const CopyBarriers& empty, int stage) {
-        if constexpr (kCluster > 1) {
-            if (lane_index() < kCluster) empty.arrive_at(stage, lane_index());
-        } else {
-            if (lane_index() == 0) empty.arrive(stage);
-        }
+        if (lane_index() < kCluster) empty.arrive_at(stage, lane_index());
     }
 
     /// `at` is where the warpgroup's first sum goes.

@@ -25,8 +25,12 @@ void HopperLaunch<T, Epilogue, kATransposed>::start(
     const Matrix& a, const Matrix& b, bool b_transposed, const ProductGrid& grid,
     const typename Epilogue::Params& epilogue, Stream stream) {
     const auto start = [&]<bool kBTransposed>() {
-        using Kernel = HopperProduct<T, kATransposed, kBTransposed, Epilogue, Hopper>;
-        launch_hopper<Kernel>(a, b, grid, epilogue, stream);
+        const auto in_form = [&]<class Form>() {
+            using Kernel = HopperProduct<T, kATransposed, kBTransposed, Epilogue, Form>;
+            launch_hopper<Kernel>(a, b, grid, epilogue, stream);
+        };
+        if (grid.tile == HopperInTurns::kTile) in_form.template operator()<HopperInTurns>();
+        else in_form.template operator()<HopperTogether>();
     };
     if constexpr (kATransposed) start.template operator()<false>();
     else b_transposed ? start.template operator()<true>() : start.template operator()<false>();

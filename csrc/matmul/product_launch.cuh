@@ -8,18 +8,25 @@
 
 namespace gpt1 {
 
-/// How a product is cut on a device: for its kernel for Hopper, or for that of every chip, which also runs
-/// what has no terms. Sums are cut into `chunks`.
+/// The tiles of a product, which say the kernel: one of those for Hopper, or that of every chip, which also
+/// runs what has no terms.
+inline TileShape product_tile(std::int64_t K, int device) {
+    constexpr std::int64_t kShortSum = 1024;  // beside which an epilogue takes long
+    if (K == 0 || !is_hopper(device)) return kTile;
+    return K <= kShortSum ? HopperInTurns::kTile : HopperTogether::kTile;
+}
+
+/// How a product is cut on a device, and its sums into `chunks`.
 inline ProductGrid product_grid(
     std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t chunks, int device) {
-    return {M, N, K, K > 0 && is_hopper(device) ? Hopper::kTile : kTile, chunks};
+    return {M, N, K, product_tile(K, device), chunks};
 }
 
 /// How many of a grid's blocks, or clusters of them, a device works on at a time.
 inline std::int64_t product_slots(const ProductGrid& grid, int device) {
     constexpr int kBlocksPerProcessor = 2;  // of Product
     const std::int64_t count = processors(device);
-    return grid.tile == Hopper::kTile ? count / Hopper::kCluster : count * kBlocksPerProcessor;
+    return grid.tile == kTile ? count * kBlocksPerProcessor : count / HopperTogether::kCluster;
 }
 
 template <class T>
@@ -35,7 +42,7 @@ Operand<T> operand(const Matrix& matrix) {
     return {Global<const T>(array), rows, columns, stride};
 }
 
-/// The launch of the kernel for Hopper, in source files that are compiled for it alone.
+/// The launch of a kernel for Hopper, in source files that are compiled for it alone.
 template <class T, class Epilogue, bool kATransposed>
 struct HopperLaunch {
     static void start(const Matrix& a, const Matrix& b, bool b_transposed, const ProductGrid& grid,
@@ -50,7 +57,7 @@ void launch_product(
     if (kATransposed && b_transposed) throw std::invalid_argument("matmul: a and b are both transposed");
     const Operand<T> from_a = operand<T>(a), from_b = operand<T>(b);
     if constexpr (kHasHopperKernels) {
-        if (grid.tile == Hopper::kTile) {
+        if (grid.tile != kTile) {
             HopperLaunch<T, Epilogue, kATransposed>::start(a, b, b_transposed, grid, epilogue, stream);
             return;
         }

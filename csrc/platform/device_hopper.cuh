@@ -20,16 +20,6 @@ __device__ __forceinline__ void warpgroup_barrier() {
     asm volatile("bar.sync %0, %1;\n" ::"r"(1 + thread_index() / kWarpgroup), "n"(kWarpgroup) : "memory");
 }
 
-/// The two halves of a barrier of kThreads threads: those that go on, and those that wait for them.
-template <int kNumber, int kThreads>
-__device__ __forceinline__ void barrier_arrive() {
-    asm volatile("bar.arrive %0, %1;\n" ::"n"(kNumber), "n"(kThreads) : "memory");
-}
-template <int kNumber, int kThreads>
-__device__ __forceinline__ void barrier_wait() {
-    asm volatile("bar.sync %0, %1;\n" ::"n"(kNumber), "n"(kThreads) : "memory");
-}
-
 /// Changes how many registers each thread of the warpgroup has, a multiple of 8.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {
