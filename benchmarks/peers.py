@@ -43,6 +43,8 @@ class Implementation:
         """Why it cannot be timed on a device type, or None."""
         if device == "cpu" and not self.on_cpu:
             return "needs a GPU"
+        if device == "cuda" and self.backend == "portable":
+            return "is for machines without a GPU"
         if self.package is not None and not _is_installed(self.package):
             return f"{self.package} is not installed"
         return unavailable_reason(self.backend, op, device) if self.ours else None

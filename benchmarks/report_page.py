@@ -81,9 +81,10 @@ def _title(record: dict) -> str:
 def _machine(record: dict) -> str:
     facts = record["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-    commits = {part["commit"] for part in record["parts"].values()}
-    dates = sorted({part["date"] for part in record["parts"].values()})
-    rows = [("commit", ", ".join(sorted(commits))), ("date", ", ".join(dates))]
+    parts_of: dict[str, list[str]] = {}
+    for name, part in record["parts"].items():
+        parts_of.setdefault(f"{part['commit']}, {part['date']}", []).append(name)
+    rows = [(f"commit {commit}", ", ".join(parts)) for commit, parts in parts_of.items()]
     rows += [(k.replace("_", " "), str(v)) for k, v in facts.items() if k != "packages"]
     rows.append(("packages", packages))
     if (ceilings := _ceilings(record)) is not None:
