@@ -20,10 +20,8 @@ Attention's programs each work on one head, and so do those of its mask: a head 
 a small B.
 
 A product's tiles read their operands whatever program they fall to, so its bytes grow by the row of
-tiles, from the first. Where sums are split (the weights' gradients of `gelu_ffn`), the cuts of the
-Triton kernels lie at the same shares of all steps for 4096 · n rows, n ≤ 10: then the parts are
-equally many. In CUDA they do not, and would take minutes besides: `gelu_ffn` is also counted with a
-width of 128. There a program takes 16 steps, whatever the batch, and the parts grow with the rows.
+tiles, from the first. The sums of the weights' gradients of `gelu_ffn` are split, the longer the
+more: they are counted with the chunks of B = 64, so that the parts are equally many.
 
 GPT-1's head is too large even so. `linear_cross_entropy` is counted at the same width with 798 of
 the 40478 tokens, which end in the same fraction of a tile, and chunks of 128 rows; its first chunk
@@ -57,6 +55,7 @@ from gpt1_kernels.backends import kernel
 from gpt1_kernels.backends.cuda import extension, linear_cross_entropy, matmul
 from gpt1_kernels.backends.logits import padded_vocabulary
 from gpt1_kernels.backends.triton import launch as launching
+from gpt1_kernels.backends.triton import matmul as triton_matmul
 from gpt1_kernels.errors import error_record
 
 PROCESSORS = 132
@@ -160,7 +159,10 @@ def _any_product(builder, a, b, accumulator, *options):
 @contextmanager
 def _counting_triton(shared_memory: int) -> Iterator[Traffic]:
     """`counting` as on a chip of 132 processors."""
-    caches = launching.processors, launching.shared_memory, launching.product_tiles
+    caches = (
+        launching.processors, launching.shared_memory, launching.product_tiles,
+        launching.split_terms,
+    )  # fmt: skip
     with (
         mock.patch.multiple(
             launching, INTERPRETED_PROCESSORS=PROCESSORS, SMALLEST_SHARED_MEMORY=shared_memory
@@ -299,9 +301,36 @@ def _gelu_ffn(direction: str, C: int, F: int) -> Callable:
             b_fc, b_proj = torch.randn(F, dtype=DTYPE), torch.randn(C, dtype=DTYPE)
             return lambda: run(x, w_fc, b_fc, w_proj, b_proj, [True] * 2)
         pre, hidden = torch.randn(2, N, F, dtype=DTYPE)
-        return lambda: run(dy, x, pre, hidden, w_fc, w_proj, [True] * 5)
+
+        def in_chunks():
+            assert N not in (C, F)  # sums over rows are told apart by their length
+            with _split_as_the_batch(N):
+                run(dy, x, pre, hidden, w_fc, w_proj, [True] * 5)
+
+        return in_chunks
 
     return prepare
+
+
+@contextmanager
+def _split_as_the_batch(rows: int) -> Iterator[None]:
+    """Sums over these rows are split into as many chunks as those over the rows of B = 64."""
+    of_triton, of_cuda, all_rows = triton_matmul.split_terms, matmul._split, BATCH * T
+
+    def split_terms(tiles: int, K: int, config: launching.ProductTiles, device) -> int:
+        if K != rows:
+            return of_triton(tiles, K, config, device)
+        chunks = launching.cdiv(all_rows, of_triton(tiles, all_rows, config, device))
+        return launching.cdiv(K, chunks * config.BLOCK_K) * config.BLOCK_K
+
+    def split(M: int, N: int, K: int, index: int) -> tuple[int, int]:
+        return of_cuda(M, N, all_rows if K == rows else K, index)
+
+    with (
+        mock.patch.object(triton_matmul, "split_terms", split_terms),
+        mock.patch.object(matmul, "_split", split),
+    ):
+        yield
 
 
 def _linear_cross_entropy(backend: str, B: float):
@@ -385,7 +414,7 @@ CALLS = {
     "gelu_ffn_bwd": Call(
         _gelu_ffn("bwd", C, F),
         lambda _, B: roofline.gelu_ffn_bwd(B * T, C, F, S, S),
-        counted_at={"triton": (8, 16)},
+        counted_at=dict.fromkeys(COUNTING, (4, 5)),
     ),
     f"gelu_ffn_fwd of width {NARROW}": Call(
         _gelu_ffn("fwd", NARROW, 4 * NARROW),
@@ -395,7 +424,7 @@ CALLS = {
     f"gelu_ffn_bwd of width {NARROW}": Call(
         _gelu_ffn("bwd", NARROW, 4 * NARROW),
         lambda _, B: roofline.gelu_ffn_bwd(B * T, NARROW, 4 * NARROW, S, S),
-        counted_at=dict.fromkeys(COUNTING, (8, 16)),
+        counted_at=dict.fromkeys(COUNTING, (2, 4)),
     ),
     f"linear_cross_entropy of width {NARROW}": Call(
         _linear_cross_entropy,
