@@ -26,6 +26,9 @@ NOT_GPT1 = re.compile(
 )
 """Kernels that GPT-1 in bf16 does not launch; their SASS is not looked at, for time."""
 
+HOPPER_FORMS = {"HopperFormILb1E": " in turns", "HopperFormILb0E": " together"}
+"""What a symbol says of the form of a kernel for Hopper; both have its name."""
+
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<capability>\d+)a?'"
     r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -102,11 +105,12 @@ def disassembled(capability: int) -> dict[str, str]:
 
 
 def rows(capability: int) -> dict[str, dict[str, float]]:
-    """What the baseline keeps of each kernel; kernels of one name are in the order of symbols."""
+    """What the baseline keeps of each kernel; those of one name and form are in symbols' order."""
     registers = {row["symbol"]: row["registers"] for row in reported(capability)}
     found, seen = {}, Counter()
     for symbol, text in sorted(disassembled(capability).items()):
-        name = f"{capability / 10}{'a' * for_hopper(symbol)}: {kernels()[symbol]['name']}"
+        form = "".join(text for mark, text in HOPPER_FORMS.items() if mark in symbol)
+        name = f"{capability / 10}{'a' * for_hopper(symbol)}: {kernels()[symbol]['name']}{form}"
         seen[name] += 1
         found[f"{name}, {seen[name]}"] = {
             "registers": registers[symbol],
