@@ -1,14 +1,11 @@
 """The dropout stream: its definition in `rng`, and every backend's bits against it."""
 
-from collections import OrderedDict
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt1_kernels import ops, rng, use_backend
-from gpt1_kernels.backends.portable import dropout
 from gpt1_kernels.rng import DropoutStream
 from tests.cases import DEVICE, backends_of
 
@@ -137,19 +134,3 @@ def test_a_drawn_seed_follows_the_default_generator():
         drawn.append(rng.draw_seed(torch.device(DEVICE)))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], rng.draw_seed(torch.device(DEVICE)))
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU draws again, which costs it less than reading")
-def test_on_a_cpu_backward_does_not_draw_again(monkeypatch):
-    drawn, keep = [], dropout._keep
-    monkeypatch.setattr(dropout, "_waiting", OrderedDict())
-    monkeypatch.setattr(dropout, "_keep", lambda *args: drawn.append(args[0]) or keep(*args))
-    seeds = [seed_of(98765, site) for site in range(3)]
-    x, w = torch.randn(5, 48, requires_grad=True), torch.ones(48)
-    with use_backend("portable"):
-        h = x
-        for seed in seeds:
-            h = ops.dropout_add_layer_norm(h, x, w, w, dropout_p=0.1, seed=seed)
-        h.sum().backward()
-    assert [seed.tolist() for seed in drawn] == [seed.tolist() for seed in seeds]
-    assert not dropout._waiting

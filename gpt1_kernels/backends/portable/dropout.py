@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -16,10 +15,6 @@ from gpt1_kernels import rng
 
 BLOCKS_PER_CHUNK = 16384  # its uint64 temporaries stay in a core's L2 cache
 QUERIES_PER_CHUNK = 64  # of a causal mask: few enough to skip most of the upper triangle
-WAITING_MASKS = 32  # the newest: more than GPT-1 has of LayerNorms and embeddings
-
-_waiting: OrderedDict[tuple, Tensor] = OrderedDict()
-"""Packed bits, a 32nd of an fp32 activation each, from a forward until its backward takes them."""
 
 
 def dropout_mask(
@@ -27,18 +22,22 @@ def dropout_mask(
 ) -> Tensor:
     """int32 (*shape[:-1], ceil(shape[-1] / 32)), bit 1 keeps."""
     *leading, columns = shape
-    words = (columns + 31) // 32
-    rows, arange = math.prod(leading), partial(torch.arange, device=seed.device)
+    rows = math.prod(leading)
     if not causal:
-        numbers = arange(row_offset, row_offset + rows)
-        return _packed(seed, numbers, columns, p).view(*leading, words)
+        mask = keep_mask(seed, rows, columns, p, row_offset)
+        packed = rng.pack_bits(mask) if seed.is_cuda else _pack(mask)
+        return packed.view(*leading, (columns + 31) // 32)
     batch, heads, queries, keys = shape
+    words = (keys + 31) // 32
     bits = torch.empty(batch * heads, queries, words, dtype=torch.int32, device=seed.device)
+    arange = partial(torch.arange, device=seed.device)
     for start in range(0, queries, QUERIES_PER_CHUNK):
         stop = min(start + QUERIES_PER_CHUNK, queries)
         visible = stop + keys - queries
         first_rows = row_offset + queries * arange(batch * heads).unsqueeze(1)
-        packed = _packed(seed, (first_rows + arange(start, stop)).flatten(), visible, p)
+        numbers = (first_rows + arange(start, stop)).flatten()
+        chunk = _keep(seed, numbers, visible, p)
+        packed = rng.pack_bits(chunk) if seed.is_cuda else _pack(chunk)
         needed = packed.shape[-1]
         bits[:, start:stop, :needed] = packed.view(batch * heads, stop - start, needed)
     return bits.view(batch, heads, queries, words)
@@ -50,37 +49,9 @@ def multiplier(keep: Tensor, p: float) -> Tensor:
     return keep.view(torch.uint8).float().mul_(rng.keep_scale(p))
 
 
-def drawn_multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
-    """The `multiplier` of (..., C), for a forward; on a CPU its bits wait for the backward."""
-    keep = _keep_mask(seed, shape, p, row_offset)
-    if not seed.is_cuda:
-        _waiting[_name(seed, shape, p, row_offset)] = _pack(keep)
-        if len(_waiting) > WAITING_MASKS:
-            _waiting.popitem(last=False)
-    return multiplier(keep, p).view(shape)
-
-
-def redrawn_multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
-    """`drawn_multiplier` for the backward: of the bits that wait, or if none do, drawn again."""
-    bits = None if seed.is_cuda else _waiting.pop(_name(seed, shape, p, row_offset), None)
-    keep = _keep_mask(seed, shape, p, row_offset) if bits is None else unpack(bits, shape[-1])
-    return multiplier(keep, p).view(shape)
-
-
-def _name(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> tuple:
-    return *seed.tolist(), *shape, p, row_offset  # host: as in `_keep`
-
-
-def _keep_mask(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
-    """bool (rows, C), True keeps."""
-    numbers = torch.arange(row_offset, row_offset + shape[:-1].numel(), device=seed.device)
-    return _keep(seed, numbers, shape[-1], p)
-
-
-def _packed(seed: Tensor, row_numbers: Tensor, columns: int, p: float) -> Tensor:
-    """int32 (rows, words)."""
-    keep = _keep(seed, row_numbers, columns, p)
-    return rng.pack_bits(keep) if seed.is_cuda else _pack(keep)
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float, row_offset: int) -> Tensor:
+    """bool (rows, columns), True keeps."""
+    return _keep(seed, torch.arange(row_offset, row_offset + rows, device=seed.device), columns, p)
 
 
 def _keep(seed: Tensor, row_numbers: Tensor, columns: int, p: float) -> Tensor:

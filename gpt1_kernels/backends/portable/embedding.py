@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding as rows_of
 
-from gpt1_kernels.backends.portable.dropout import drawn_multiplier, redrawn_multiplier
+from gpt1_kernels.backends.portable.dropout import keep_mask, multiplier
 from gpt1_kernels.backends.portable.ids import check_ids, nan_where_invalid
 
 
@@ -24,15 +24,15 @@ def embedding_fwd(
     valid = [check_ids("embedding", ids, w_token.shape[0])]
     out = rows_of(_safe(ids, valid[0]), w_token).float()
     if position_ids is None:
-        out += w_position[: ids.shape[1]]
+        out = out + w_position[: ids.shape[1]]
     else:
         valid.append(check_ids("embedding", position_ids, w_position.shape[0]))
-        out += rows_of(_safe(position_ids, valid[-1]), w_position)
+        out = out + rows_of(_safe(position_ids, valid[-1]), w_position)
     if token_type_ids is not None:
         valid.append(check_ids("embedding", token_type_ids, w_token.shape[0]))
-        out += rows_of(_safe(token_type_ids, valid[-1]), w_token)
+        out = out + rows_of(_safe(token_type_ids, valid[-1]), w_token)
     if dropout_p > 0.0:
-        out = drawn_multiplier(seed, out.shape, dropout_p, row_offset).mul_(out)
+        out = out * _multiplier(seed, out.shape, dropout_p, row_offset)
     return nan_where_invalid(out, *valid).to(dtype)
 
 
@@ -51,7 +51,7 @@ def embedding_bwd(
 ) -> tuple[Tensor, Tensor]:
     grad = dout.float()
     if dropout_p > 0.0:
-        grad = redrawn_multiplier(seed, dout.shape, dropout_p, row_offset).mul_(grad)
+        grad = grad * _multiplier(seed, dout.shape, dropout_p, row_offset)
     dw_token = dw_position = dout.new_empty(0, dtype=table_dtype)
     if needs[0]:
         total = _scatter(grad, ids, n_token)
@@ -77,3 +77,10 @@ def _scatter(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
 
 def _safe(ids: Tensor, valid: Tensor | None) -> Tensor:
     return ids if valid is None else torch.where(valid, ids, 0)
+
+
+def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
+    """fp32 (B, T, C): the scale where an element is kept, else 0."""
+    batch, length, width = shape
+    mask = keep_mask(seed, batch * length, width, p, row_offset)
+    return multiplier(mask, p).view(shape)

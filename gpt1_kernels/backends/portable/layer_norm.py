@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.portable.dropout import drawn_multiplier, redrawn_multiplier
+from gpt1_kernels.backends.portable.dropout import keep_mask, multiplier
 
 
 def layer_norm_fwd(
@@ -56,7 +56,7 @@ def dropout_add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branch = x.float() if x_bias is None else x.float() + x_bias
     if dropout_p > 0.0:
-        branch = drawn_multiplier(seed, x.shape, dropout_p, row_offset).mul_(branch)
+        branch = branch * _multiplier(seed, x.shape, dropout_p, row_offset)
     total = (residual + branch).to(x.dtype)
     y, mean, rstd = layer_norm_fwd(total, w, b, eps)
     return y, total if save_total else x.new_empty(0), mean, rstd
@@ -78,8 +78,7 @@ def dropout_add_layer_norm_bwd(
     dtotal, dw, db = layer_norm_bwd(dy, total, w, mean, rstd, [need_total, need_w, need_b])
     dx = dtotal
     if dropout_p > 0.0 and (need_x or need_x_bias):
-        dx = redrawn_multiplier(seed, total.shape, dropout_p, row_offset).mul_(dtotal)
-        dx = dx.to(total.dtype)
+        dx = (dtotal * _multiplier(seed, total.shape, dropout_p, row_offset)).to(total.dtype)
     dx_bias = w.new_empty(0, dtype=torch.float32)
     if need_x_bias:
         dx_bias = dx.flatten(0, -2).sum(0, dtype=torch.float32)
@@ -91,3 +90,9 @@ def dropout_add_layer_norm_bwd(
         db,
         dx_bias,
     )
+
+
+def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
+    """fp32 (..., C): the scale where an element is kept, else 0."""
+    keep = keep_mask(seed, shape[:-1].numel(), shape[-1], p, row_offset)
+    return multiplier(keep, p).view(shape)
