@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt1_kernels import errors, ops, reference, use_backend
 from gpt1_kernels.backends import OPS
@@ -53,6 +54,19 @@ NOT_SCALAR = [case for case in SMALL if case.name != "linear_cross_entropy-small
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+class LowLevelCalls(TorchDispatchMode):
+    """Notes the calls of our low-level ops, by name and arguments other than tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "gpt1_kernels":
+            self.made.append((func.name(), [a for a in args if not isinstance(a, torch.Tensor)]))
+        return func(*args, **(kwargs or {}))
 
 
 def assert_same(actual: dict, expected: dict) -> None:
@@ -350,6 +364,19 @@ def test_row13_no_grad_gives_the_same_output(case, backend, launches):
             actual = case.fused(**inputs)
     assert torch.equal(actual, expected)
     assert not [name for _, name in launches if "bwd" in name or "scale_gradients" in name]
+
+
+@on_backends(SMALL)
+def test_row13_no_grad_of_parameters_does_the_work_of_no_gradient(case, backend):
+    """Evaluation took as long as training: no_grad leaves a parameter's requires_grad as it is."""
+    inputs = inputs_for(backend, case)
+    leaves = {k: x.clone().requires_grad_() for k, x in inputs.items()}
+    with use_backend(backend):
+        with LowLevelCalls() as expected:
+            case.fused(**inputs)
+        with torch.no_grad(), LowLevelCalls() as actual:
+            case.fused(**leaves)
+    assert actual.made == expected.made
 
 
 @on_backends(SMALL)

@@ -18,6 +18,7 @@ from gpt1_kernels import use_backend
 from training import data, lstm, metrics, run
 from training.checkpoint import CheckpointWriter
 from training.config import PretrainConfig, complete
+from training.memory import keep_freed_memory
 from training.optim import make_optimizer, warmup_cosine
 from training.plots import plot_runs
 from training.sample import sample
@@ -81,6 +82,8 @@ def main(config: PretrainConfig) -> None:
         print(f"resumed from step {start} ({checkpoint.folder})")
     if checkpoint is None or checkpoint.folder.parent.parent == out:
         run.cut_logs(out, {} if checkpoint is None else checkpoint.state["log_sizes"])
+    if config.device == "cpu":
+        keep_freed_memory()
     make_update = (CapturedStep if config.cuda_graph else StaticStep)(
         torch.compile(model) if config.compile else model, model.dropout_stream, optimizer,
         (config.batch_size, length), accumulate=config.accumulate, clip=config.clip,

@@ -39,6 +39,17 @@ def define(op: str, schema: str, fake: Callable) -> Callable:
     return getattr(torch.ops.gpt1_kernels, name).default
 
 
+def apply(function: type[torch.autograd.Function], *args):
+    """`function.apply`; where nothing is recorded, on tensors that need no gradient.
+
+    `ctx.needs_input_grad` tells of the tensors alone: under `no_grad`, too, it asks for the
+    gradients of parameters, and forward would compute or save what no backward will read.
+    """
+    if not torch.is_grad_enabled():
+        args = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    return function.apply(*args)
+
+
 def once(op: str) -> None:
     """Called first in a backward: the ops have no second derivative, and say so.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpt1_kernels.backends import resolve
 from gpt1_kernels.ops._library import (
+    apply,
     autocast,
     check_activation,
     check_parameter,
@@ -108,4 +109,4 @@ def gelu_ffn(
     check_parameter(op, "b_fc", b_fc, x, w_fc.shape[1:])
     check_weight(op, "w_proj", w_proj, x, (w_fc.shape[1], "C"))
     check_parameter(op, "b_proj", b_proj, x, w_proj.shape[1:])
-    return _GeluFFN.apply(x, w_fc, b_fc, w_proj, b_proj, resolve(op, x))
+    return apply(_GeluFFN, x, w_fc, b_fc, w_proj, b_proj, resolve(op, x))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt1_kernels.backends import resolve
 from gpt1_kernels.ops._library import (
+    apply,
     autocast,
     check_activation,
     check_device,
@@ -195,9 +196,10 @@ def dropout_add_layer_norm(
     _check_parameters(op, x, w, b)
     check_parameter(op, "x_bias", x_bias, x, x.shape[-1:])
     check_dropout(op, dropout_p, seed, row_offset + x.shape[:-1].numel(), x)
-    return _DropoutAddLayerNorm.apply(
-        x, residual, w, b, x_bias, seed if dropout_p > 0.0 else None,
-        eps, dropout_p, row_offset, resolve(op, x, width=x.shape[-1]),
+    return apply(
+        _DropoutAddLayerNorm, x, residual, w, b, x_bias,
+        seed if dropout_p > 0.0 else None, eps, dropout_p, row_offset,
+        resolve(op, x, width=x.shape[-1]),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpt1_kernels.backends import resolve
 from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.ops._library import (
+    apply,
     autocast,
     check_activation,
     check_device,
@@ -176,4 +177,4 @@ def linear_cross_entropy(
     if reduction == "none":
         product_w = w.to(h.dtype).contiguous()
         return _TokenLosses.apply(h, product_w, *arguments, backend).view(targets.shape)
-    return _ReducedLoss.apply(h, w, *arguments, reduction == "mean", backend)
+    return apply(_ReducedLoss, h, w, *arguments, reduction == "mean", backend)

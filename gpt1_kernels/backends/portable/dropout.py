@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
@@ -113,9 +113,14 @@ def unpack(bits: Tensor, columns: int) -> Tensor:
     )
 
 
-def _for_each(function, starts: Iterable[int]) -> None:
-    """Runs the chunks on torch's number of threads: NumPy releases the interpreter's lock."""
-    for _ in _pool(torch.get_num_threads()).map(function, starts):
+def _for_each(function: Callable[[int], None], starts: range) -> None:
+    """Runs the chunks on torch's number of threads: NumPy releases the interpreter's lock.
+
+    A single one stays on this thread, to which its temporaries are in cache.
+    """
+    threads = min(torch.get_num_threads(), len(starts))
+    run = map if threads <= 1 else _pool(threads).map
+    for _ in run(function, starts):
         pass
 
 

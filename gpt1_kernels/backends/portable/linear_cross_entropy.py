@@ -11,7 +11,7 @@ from gpt1_kernels.backends.portable.ids import check_ids, nan_where_invalid
 
 CACHE_BYTES = 8 * 2**20  # a chunk of logits that stays in a CPU's cache
 CHUNK_BYTES = 96 * 2**20  # the largest chunk of logits
-BLOCK_ELEMENTS = 2**20  # of a chunk, whose fp32 copy stays in a CPU's cache
+BLOCK_ELEMENTS = 2**20  # of logits or dw at a time, whose fp32 copy stays in a CPU's cache
 
 
 def linear_cross_entropy_fwd(
@@ -95,10 +95,10 @@ def _products(logits, h, w, rows, dh, dw, needs) -> None:
         return
     if h.dtype == torch.float32:
         dw.addmm_(logits.t(), h[rows], beta=float(rows.start > 0))
-    elif rows.start == 0:
-        dw.copy_(logits.t() @ h[rows])
-    else:
-        dw += logits.t() @ h[rows]
+        return
+    for block in _blocks(dw):  # the product and its fp32 copy are not of the size of the table
+        product = logits[:, block].t() @ h[rows]
+        dw[block] = product if rows.start == 0 else dw[block] + product
 
 
 def _empty_gradients(h: Tensor, w: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
@@ -141,6 +141,6 @@ def _chunks(h: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, torch.mm(h[rows], w.t(), out=logits)
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    rows, count = logits.shape[0], max(1, BLOCK_ELEMENTS // logits.shape[1])
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    rows, count = matrix.shape[0], max(1, BLOCK_ELEMENTS // matrix.shape[1])
     return (slice(start, min(start + count, rows)) for start in range(0, rows, count))
