@@ -317,14 +317,14 @@ def _split_as_the_batch(rows: int) -> Iterator[None]:
     """Sums over these rows are split into as many chunks as those over the rows of B = 64."""
     of_triton, of_cuda, all_rows = triton_matmul.split_terms, matmul._split, BATCH * T
 
-    def split_terms(tiles: int, K: int, config: launching.ProductTiles, device) -> int:
-        if K != rows:
-            return of_triton(tiles, K, config, device)
+    def split_terms(tiles: int, terms: int, config: launching.ProductTiles, device) -> int:
+        if terms != rows:
+            return of_triton(tiles, terms, config, device)
         chunks = launching.cdiv(all_rows, of_triton(tiles, all_rows, config, device))
-        return launching.cdiv(K, chunks * config.BLOCK_K) * config.BLOCK_K
+        return launching.cdiv(terms, chunks * config.BLOCK_K) * config.BLOCK_K
 
-    def split(M: int, N: int, K: int, index: int) -> tuple[int, int]:
-        return of_cuda(M, N, all_rows if K == rows else K, index)
+    def split(M: int, N: int, terms: int, index: int) -> tuple[int, int]:
+        return of_cuda(M, N, all_rows if terms == rows else terms, index)
 
     with (
         mock.patch.object(triton_matmul, "split_terms", split_terms),

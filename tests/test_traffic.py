@@ -36,9 +36,9 @@ LIMITS = {
     # One order of reading dout serves the positions, another the ids; and each table row that was
     # read is written twice, as zeros first. In CUDA a warp reads the seed with each four rows.
     "embedding_bwd": {"triton": Limit(None, None), "cuda_host": Limit(None, None)},
-    # Each tile of queries reads the keys and values that it sees. Triton's tiles of 64 queries issue
-    # twice the bytes of larger ones, and are faster on an H100: the bytes read again come from the
-    # L2 cache, and cost less than fewer resident programs (benchmarks/records/NOTES.md).
+    # Each tile of queries reads the keys and values it sees. Triton's tiles of 64 queries issue
+    # more than larger ones, and are faster on an H100: what they read again comes from the L2 cache
+    # and costs less than fewer resident programs would (benchmarks/records/NOTES.md, rounds 1, 2).
     "causal_attention_qkvpacked_fwd": {"triton": Limit(3.05), "cuda_host": Limit(1.30)},
     # Triton: two launches, for dQ and for dK and dV, each read q, k, v, do and the bits, and the
     # first leaves lse and delta to the second; tiles as small as in forward, for the same reason.
