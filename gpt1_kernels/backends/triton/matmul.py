@@ -163,7 +163,7 @@ def matmul_kernel(
         EPILOGUE(_strips(acc), first_m, first_n, M, N, stride_om, tensors)
 
 
-@triton.jit(do_not_specialize=["M", "K", "chunk"])
+@triton.jit(do_not_specialize=["M", "K"])
 def split_matmul_kernel(
     parts_ptr,  # (chunks · tiles, BLOCK_M, BLOCK_N)
     a,  # (M, K)
