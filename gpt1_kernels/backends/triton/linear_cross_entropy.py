@@ -26,7 +26,7 @@ from gpt1_kernels.backends.triton.launch import (
     row_tiles,
     vocabulary_tiles,
 )
-from gpt1_kernels.backends.triton.matmul import matmul, product, strip_indices
+from gpt1_kernels.backends.triton.matmul import STRIP, matmul, product, strip_indices
 from gpt1_kernels.errors import error_record
 
 
@@ -49,7 +49,10 @@ def store_logits(strips, first_m, first_n, M, N, stride, tensors):
     """Whole rows, −inf beyond N, and so with 16-byte stores; `tensors` is (logits,)."""
     for index in tl.static_range(len(strips)):
         m, n = strip_indices(strips[index], index, first_m, first_n)
-        logits = tl.where(n < N, strips[index], float("-inf")).to(tensors[0].dtype.element_ty)
+        # All strips compare the same columns, which take fewer registers than n of each strip.
+        column = tl.arange(0, STRIP)[None, :]
+        logits = tl.where(column < N - first_n - index * STRIP, strips[index], float("-inf"))
+        logits = logits.to(tensors[0].dtype.element_ty)
         tl.store(tensors[0] + m * stride + n, logits, mask=(m < M) & (n < stride))
 
 
