@@ -29,9 +29,9 @@ def _attention(part: str, kernel: str) -> Family:
     return Family("causal_attention", (kernel,), heuristic, launch.AttentionTiles, grid)
 
 
-def _rows(op: str, kernel: str) -> Family:
+def _rows(op: str, kernel: str, heuristic: str = "row_tiles") -> Family:
     grid = {"BLOCK_N": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
-    return Family(op, (kernel,), "row_tiles", launch.RowTiles, grid)
+    return Family(op, (kernel,), heuristic, launch.RowTiles, grid)
 
 
 FAMILIES = {
@@ -43,7 +43,9 @@ FAMILIES = {
         {"BLOCK_M": (64, 128), "BLOCK_N": (128, 256), "BLOCK_K": (32, 64), "num_warps": (4, 8),
          "num_stages": (3, 4)},
     ),
-    "layer_norm_fwd": _rows("dropout_add_layer_norm", "layer_norm_fwd_kernel"),
+    "layer_norm_fwd": _rows(
+        "dropout_add_layer_norm", "layer_norm_fwd_kernel", "layer_norm_fwd_tiles"
+    ),
     "layer_norm_bwd": _rows("dropout_add_layer_norm", "layer_norm_bwd_kernel"),
     "partials": Family(
         "dropout_add_layer_norm", ("sum_partials_kernel",), "PARTIAL_TILES", launch.PartialTiles,

@@ -8,7 +8,7 @@ from sizes that stay the same from step to step, so that it can be cached and no
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -31,6 +31,7 @@ class RowTiles:
     BLOCK_N: int
     BLOCK_C: int
     num_warps: int
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,13 @@ def row_tiles(C: int, elements_per_thread: int, fewest_warps: int = 4) -> RowTil
     return RowTiles(BLOCK_N, BLOCK_C, num_warps)
 
 
+@cache
+def layer_norm_fwd_tiles(C: int) -> RowTiles:
+    """Two of 768 columns to a warp, which unasked spills rather than take over 128 registers."""
+    tiles = row_tiles(C, elements_per_thread=64, fewest_warps=1)
+    return replace(tiles, maxnreg=min(255, 65536 // (32 * tiles.num_warps)))
+
+
 def attention_fwd_tiles(D: int, itemsize: int, device: torch.device) -> AttentionTiles:
     """Small tiles, so that many programs share a processor and wait for different things."""
     if itemsize == 4:
@@ -150,7 +158,8 @@ def _head_columns(D: int) -> int:
 @cache
 def chunk_tiles(C: int) -> ChunkTiles:
     """Chunks of whole rows that leave a partial sum every 64, 32 elements a thread in flight."""
-    return ChunkTiles(CHUNK=64, **vars(row_tiles(C, elements_per_thread=32)))
+    rows = row_tiles(C, elements_per_thread=32)
+    return ChunkTiles(64, rows.BLOCK_N, rows.BLOCK_C, rows.num_warps)
 
 
 @cache

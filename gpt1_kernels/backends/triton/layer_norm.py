@@ -14,7 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gpt1_kernels.backends.rows import by_rows
-from gpt1_kernels.backends.triton.launch import cdiv, launch, resident_programs, row_tiles
+from gpt1_kernels.backends.triton.launch import (
+    cdiv,
+    launch,
+    layer_norm_fwd_tiles,
+    resident_programs,
+    row_tiles,
+)
 from gpt1_kernels.backends.triton.partials import sum_partials
 from gpt1_kernels.backends.triton.philox import keep_mask
 from gpt1_kernels.rng import keep_scale, threshold
@@ -234,7 +240,7 @@ def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_t
     mean = x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if N > 0:
-        tiles = row_tiles(C, elements_per_thread=64, fewest_warps=1)
+        tiles = layer_norm_fwd_tiles(C)
         programs = resident_programs(cdiv(N, tiles.BLOCK_N), 8, x.device)
         x, stride_xn = by_rows(x)
         residual, stride_rn = (None, 0) if residual is None else by_rows(residual)
