@@ -30,7 +30,7 @@ NARROW = {
     "layer_norm_bwd_kernel": (4, "mean and rstd, one number a row; the seed"),
     "causal_attention_fwd_kernel": (3, "words of dropout bits, one a row"),
     "causal_attention_bwd_dq_kernel": (6, "words of dropout bits, one a row"),
-    "causal_attention_bwd_dkdv_kernel": (4, "words of dropout bits, one a row"),
+    "causal_attention_bwd_dkdv_kernel": (4, "words of dropout bits, lse and delta, one a row"),
     "scale_gradients_kernel": (1, "the scale, one number"),
     "matmul_kernel": (32, "an epilogue's bias or sums, one number a column"),
     "embedding_fwd_kernel": (20, "three ids a row, each with its record of errors; the seed"),
