@@ -50,7 +50,7 @@ def store_logits(strips, first_m, first_n, M, N, stride, tensors):
     for index in tl.static_range(len(strips)):
         m, n = strip_indices(strips[index], index, first_m, first_n)
         # All strips compare the same columns, which take fewer registers than n of each strip.
-        column = tl.arange(0, STRIP)[None, :]
+        column = tl.arange(0, strips[index].shape[1])[None, :]
         logits = tl.where(column < N - first_n - index * STRIP, strips[index], float("-inf"))
         logits = logits.to(tensors[0].dtype.element_ty)
         tl.store(tensors[0] + m * stride + n, logits, mask=(m < M) & (n < stride))
