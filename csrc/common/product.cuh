@@ -202,7 +202,7 @@ private:
 };
 
 /// Adds a tile's parts in order and hands the sums to an epilogue; a block owns 8 rows and 128 columns of a
-/// tile, a thread four neighbouring columns. On 9.0: 36 registers.
+/// tile, a thread four neighbouring columns. On 9.0: 40 registers.
 template <class Epilogue>
 struct SumParts {
     struct Params {

@@ -275,7 +275,8 @@ def product(
     tile_count = cdiv(M, tiles.BLOCK_M) * cdiv(N, tiles.BLOCK_N)
     chunk = split_terms(tile_count, K, tiles, device)
     if chunk >= K:
-        programs = resident_programs(tile_count, 8 // tiles.num_warps, device)
+        per_processor = 8 // tiles.num_warps  # whose registers hold eight warps' tiles
+        programs = resident_programs(tile_count, per_processor, device)
         launch(
             matmul_kernel, (programs,), tiles,
             tensors, a, b, M, N, K, stride_om, EPILOGUE=epilogue, **layouts,
