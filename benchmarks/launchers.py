@@ -28,7 +28,9 @@ def dropout_add_layer_norm(rows: int, dtype: torch.dtype) -> list:
     dropout = 0.1, rows
     return [
         _call("dropout_add_layer_norm", "fwd", x, dy, w, w, w, _seed(), 1e-5, *dropout, True),
-        _call("dropout_add_layer_norm", "bwd", dy, x, w, stat, stat, _seed(), *dropout, [True] * 5),
+        _call(
+            "dropout_add_layer_norm", "bwd", dy, dy, x, w, stat, stat, _seed(), *dropout, [True] * 5
+        ),
     ]
 
 

@@ -52,11 +52,13 @@ def dropout_add_layer_norm_fwd(N: int, C: int, s: int, p: int) -> Floor:
     return Floor(4 * N * C * s + 3 * C * p + N * _STATISTICS + SEED)
 
 
-def dropout_add_layer_norm_bwd(N: int, C: int, s: int, p: int, programs: int) -> Floor:
-    """dy, the sum, w, statistics → dx, dresidual, dw, db, dx_bias (fp32)."""
+def dropout_add_layer_norm_bwd(
+    N: int, C: int, s: int, p: int, programs: int, readers: int = 1
+) -> Floor:
+    """dy of each reader, the sum, w, statistics → dx, dresidual, dw, db, dx_bias (fp32)."""
     parameters = 3 * C * p + 4 * C
     partials = _partials(3, programs, C)
-    return Floor(4 * N * C * s + parameters + N * _STATISTICS + SEED + partials)
+    return Floor((3 + readers) * N * C * s + parameters + N * _STATISTICS + SEED + partials)
 
 
 def embedding_fwd(N: int, T: int, C: int, s: int, read: int) -> Floor:

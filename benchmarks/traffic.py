@@ -231,6 +231,7 @@ def _layer_norm(op: str, direction: str) -> Callable:
         N = round(B * T)
         x, other = torch.randn(2, N, C, dtype=DTYPE)
         w, b, x_bias = torch.randn(3, C, dtype=DTYPE)
+        dy_residual = torch.randn(N, C, dtype=DTYPE)
         mean, rstd = torch.ones(2, N)
         seed = torch.zeros(2, dtype=torch.int64)
         run = kernel(backend, op, f"{op}_{direction}")
@@ -239,8 +240,12 @@ def _layer_norm(op: str, direction: str) -> Callable:
                 (x, other, w, b, x_bias, seed, 1e-5, 0.1, 0, True) if dropout else (x, w, b, 1e-5)
             )
         else:
-            drops = (seed, 0.1, 0) if dropout else ()
-            args = (x, other, w, mean, rstd, *drops, [True] * (5 if dropout else 3))
+            statistics = w, mean, rstd
+            args = (
+                (x, dy_residual, other, *statistics, seed, 0.1, 0, [True] * 5)
+                if dropout
+                else (x, other, *statistics, [True] * 3)
+            )
         return lambda: run(*args)
 
     return prepare
@@ -370,7 +375,9 @@ CALLS = {
     ),
     "dropout_add_layer_norm_bwd": Call(
         _layer_norm("dropout_add_layer_norm", "bwd"),
-        lambda backend, B: roofline.dropout_add_layer_norm_bwd(B * T, C, S, S, PROGRAMS[backend]),
+        lambda backend, B: roofline.dropout_add_layer_norm_bwd(
+            B * T, C, S, S, PROGRAMS[backend], readers=2
+        ),
         counted_at={"triton": (2.0625, 2.125), "cuda_host": (3.125, 3.25)},
     ),
     "dropout_mask": Call(

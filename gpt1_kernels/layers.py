@@ -157,11 +157,13 @@ class DropoutAddLayerNorm(nn.LayerNorm):
         seed: Tensor | None = None,
         row_offset: int = 0,
         x_bias: Tensor | None = None,
-    ) -> Tensor:
+        fork: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(..., C) twice → (..., C); the arguments are those of `ops.dropout_add_layer_norm`."""
         p = self.dropout_p if self.training else 0.0
         return ops.dropout_add_layer_norm(
             x, residual, self.weight, self.bias, self.eps, p, _seed(seed, p, x),
-            row_offset=row_offset, x_bias=x_bias,
+            row_offset=row_offset, x_bias=x_bias, fork=fork,
         )  # fmt: skip
 
 

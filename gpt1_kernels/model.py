@@ -69,18 +69,23 @@ class Block(nn.Module):
     def forward(
         self,
         h: Tensor,  # (B, T, C)
+        residual: Tensor,  # h, or its fork
         seeds: Tensor | None,
         row_offset: int,
         first_key: Tensor | None,
         cache: LayerCache | None = None,
         keep_bits: Tensor | None = None,  # drawn with the seed of the attention
-    ) -> Tensor:  # (B, T, C)
+        fork: bool = False,  # the result
+    ) -> tuple[Tensor, Tensor]:  # (B, T, C), both
         s_attn, s_first, s_second = [None if seeds is None else seeds[s] for s in self.sites]
         a = self.attn.attend(h, s_attn, row_offset, first_key, cache, keep_bits)
         a = self.attn.c_proj.without_bias(a)
-        n = self.ln_1(a, h, s_first, row_offset, x_bias=self.attn.c_proj.bias)
+        n, residual = self.ln_1(
+            a, residual, s_first, row_offset, x_bias=self.attn.c_proj.bias, fork=True
+        )
         m = self.mlp(n, add_bias=False)
-        return self.ln_2(m, n, s_second, row_offset, x_bias=self.mlp.c_proj.bias)
+        h = self.ln_2(m, residual, s_second, row_offset, x_bias=self.mlp.c_proj.bias, fork=fork)
+        return h if fork else (h, h)
 
 
 class GPT1Model(nn.Module, PretrainedMixin):
@@ -185,22 +190,24 @@ class GPT1Model(nn.Module, PretrainedMixin):
         )
         if mask is not None:
             h = torch.where(mask.unsqueeze(-1), h, 0)
-        states = [h]
+        states, residual = [h], h
+        fork = not output_hidden_states  # half of their gradient would be their forks'
         layers = [None] * len(self.h) if cache is None else cache.layers
         for block, layer, keep_bits in zip(self.h, layers, bits, strict=True):
             if self.gradient_checkpointing and self.training:
-                h = checkpoint(
-                    block, h, seeds, row_offset, first_key, None, keep_bits,
+                h, residual = checkpoint(
+                    block, h, residual, seeds, row_offset, first_key, None, keep_bits, fork,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                h = block(h, seeds, row_offset, first_key, layer, keep_bits)
+                h, residual = block(
+                    h, residual, seeds, row_offset, first_key, layer, keep_bits, fork
+                )
             states.append(h)
+        if len(shape) != 2:  # else they stay what blocks read, and one can differentiate by them
+            h, *states = (s.view(*shape, -1) for s in (h, *states))
         output = ModelOutput(
-            last_hidden_state=h.view(*shape, -1),
-            hidden_states=tuple(s.view(*shape, -1) for s in states)
-            if output_hidden_states
-            else None,
+            last_hidden_state=h, hidden_states=tuple(states) if output_hidden_states else None
         )
         return output if return_dict else output.to_tuple()
 

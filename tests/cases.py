@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -160,6 +160,24 @@ def dropout_add_layer_norm(path: str, N: int, C: int, p: float, x_bias: bool = T
     )
 
 
+def forked(site: Case) -> Case:
+    """A residual site whose result has two readers, each with a gradient of its own."""
+
+    def read_twice(y: Tensor, residual: Tensor) -> Tensor:
+        return y + residual.flip(-1)
+
+    def reference_read_twice(**inputs: Tensor) -> Tensor:
+        y = site.reference(**inputs)
+        return read_twice(y, y)
+
+    return replace(
+        site,
+        name=f"{site.name}-forked",
+        fused=lambda **inputs: read_twice(*site.fused(**inputs, fork=True)),
+        reference=reference_read_twice,
+    )
+
+
 def causal_attention(
     path: str, B: int, Tq: int, Tk: int, H: int, D: int, p: float = 0.0, padding=None, scale=None
 ) -> Case:
@@ -258,6 +276,8 @@ PARITY = [
     dropout_add_layer_norm("programs-walk-over-tiles", 300, 128, P),
     dropout_add_layer_norm("gpt1-width", 33, 768, P),
     dropout_add_layer_norm("all-dropped", 5, 48, 1.0),
+    forked(dropout_add_layer_norm("gpt1-width", 33, 768, P)),
+    forked(dropout_add_layer_norm("unaligned", 9, 81, 0.0)),
     causal_attention("one-position", 2, 1, 1, 2, 64),
     causal_attention("last-block-of-one-query", 1, 129, 129, 2, 64),
     causal_attention("head-size-80", 1, 40, 40, 2, 80),

@@ -13,7 +13,7 @@ from gpt1_kernels import (
     reference,
     use_backend,
 )
-from tests.cases import DEVICE
+from tests.cases import DEVICE, backends_of
 from tests.models import T, V, config, randomised, tokens, with_dropout
 
 
@@ -227,3 +227,32 @@ def test_a_layer_runs_the_kernels_of_the_chosen_backend(launches):
             results[name] = run()
     assert launches["triton", "layer_norm_bwd_kernel"] == 1
     torch.testing.assert_close(results["triton"], results["portable"])
+
+
+def test_hidden_states_have_whole_gradients():
+    """Those of their residual included, though blocks fork what has two readers."""
+    model = randomised(GPT1Model(config()))
+    output = model(tokens(2, T), output_hidden_states=True)
+    between = output.hidden_states[1]
+    (gradient,) = torch.autograd.grad(output.last_hidden_state.square().sum(), between)
+    h = between.detach().requires_grad_()
+    last, _ = model.h[1](h, h, None, 0, None)
+    (expected,) = torch.autograd.grad(last.square().sum(), h)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("backend", backends_of("dropout_add_layer_norm"))
+def test_forks_change_no_bit_of_gradients(backend):
+    model = randomised(GPT1Model(with_dropout()))
+    seeds = model.dropout_stream.seeds(0)
+
+    def gradients(output_hidden_states):
+        """Where hidden states are asked for, blocks are not forked from each other."""
+        with use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
+            h = model(
+                tokens(2, T), dropout_seeds=seeds, output_hidden_states=output_hidden_states
+            ).last_hidden_state
+            return torch.autograd.grad(h.float().square().sum(), list(model.parameters()))
+
+    for forked, single in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(forked, single)

@@ -38,12 +38,14 @@ class LSTMBlock(nn.Module):
     def forward(
         self,
         h: Tensor,  # (B, T, C)
+        residual: Tensor,
         seeds: Tensor | None,
         row_offset: int,
         first_key: Tensor | None,
         cache: LayerCache | None = None,
         keep_bits: None = None,
-    ) -> Tensor:  # (B, T, C)
+        fork: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (B, T, C), both
         if first_key is not None:
             torch._assert_async(
                 (first_key == 0).all(), "attention_mask: padding on the left, which an LSTM sees"
@@ -55,7 +57,8 @@ class LSTMBlock(nn.Module):
         y = y[:, -length:]
         if seeds is not None:
             y = _dropout(y, self.dropout_p, seeds[self.site], row_offset)
-        return self.c_proj(y)
+        h = self.c_proj(y)
+        return h, h
 
 
 class LSTMModel(GPT1Model):

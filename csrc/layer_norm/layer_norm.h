@@ -24,6 +24,7 @@ void layer_norm_fwd(int dtype,
 /// a row for each of `layer_norm_bwd_blocks` and each of dw, db, dx_bias that is wanted.
 void layer_norm_bwd(int dtype,
                     Array dy,            // (N, C)
+                    Array dy_residual,   // (N, C), added to it, or absent
                     Array total,         // (N, C), rows stride_tn apart
                     TypedArray w,        // (C,)
                     Array mean,          // (N,), fp32

@@ -182,6 +182,7 @@ template <class T, class Layout>
 struct LayerNormBwd {
     struct Params {
         Global<const T> dy;         // (N, C)
+        Global<const T> dy_residual;  // (N, C), added to it, or absent
         Global<const T> total;      // (N, C)
         FloatArray<true> w;         // (C,)
         Global<const float> mean, rstd;  // (N,)
@@ -220,6 +221,21 @@ struct LayerNormBwd {
                 const int column = Layout::column(i), count = p.C - column;
                 dy[i] = load_columns<kWidth>(p.dy, row * p.C + column, count, p.aligned);
                 total[i] = load_columns<kWidth>(p.total, row * p.stride_tn + column, count, p.aligned);
+            }
+            if (p.dy_residual) {
+                Vector<T, kWidth> dy_residual[kVectors];
+#pragma unroll
+                for (int i = 0; i < kVectors; ++i) {
+                    const int column = Layout::column(i);
+                    dy_residual[i] = load_columns<kWidth>(
+                        p.dy_residual, row * p.C + column, p.C - column, p.aligned);
+                }
+#pragma unroll
+                for (int i = 0; i < kVectors; ++i) {
+                    Vector<float, kWidth> both = widen(dy[i]);
+                    add(both, widen(dy_residual[i]));
+                    dy[i] = narrow<T>(both);  // as autograd would add them
+                }
             }
             const float mean = p.mean.load(row), rstd = p.rstd.load(row);
 

@@ -60,9 +60,9 @@ void layer_norm_fwd(int dtype, Array x, Array residual, TypedArray w, TypedArray
     });
 }
 
-void layer_norm_bwd(int dtype, Array dy, Array total, TypedArray w, Array mean, Array rstd, Array seed,
-                    Array dtotal, Array dx, Array partials, TypedArray dw, TypedArray db,
-                    TypedArray dx_bias, std::int64_t N, std::int64_t C, std::int64_t stride_tn,
+void layer_norm_bwd(int dtype, Array dy, Array dy_residual, Array total, TypedArray w, Array mean,
+                    Array rstd, Array seed, Array dtotal, Array dx, Array partials, TypedArray dw,
+                    TypedArray db, TypedArray dx_bias, std::int64_t N, std::int64_t C, std::int64_t stride_tn,
                     std::uint32_t threshold, float keep_scale, std::int64_t row_offset, Stream stream) {
     std::vector<TypedArray> sums;
     const auto wanted = [&](TypedArray sum) {
@@ -78,6 +78,7 @@ void layer_norm_bwd(int dtype, Array dy, Array total, TypedArray w, Array mean, 
             using Kernel = LayerNormBwd<T, Layout>;
             typename Kernel::Params p{};
             p.dy = Global<const T>(dy);
+            p.dy_residual = Global<const T>(dy_residual);
             p.total = Global<const T>(total);
             p.w = FloatArray<true>(w);
             p.mean = Global<const float>(mean);
@@ -92,8 +93,9 @@ void layer_norm_bwd(int dtype, Array dy, Array total, TypedArray w, Array mean, 
             p.N = N;
             p.stride_tn = stride_tn;
             p.C = static_cast<int>(C);
-            p.aligned = aligned_rows<T>(dy, C, C) && aligned_rows<T>(total, stride_tn, C) &&
-                        aligned_rows<T>(dtotal, C, C) && aligned_rows<T>(dx, C, C);
+            p.aligned = aligned_rows<T>(dy, C, C) && aligned_rows<T>(dy_residual, C, C) &&
+                        aligned_rows<T>(total, stride_tn, C) && aligned_rows<T>(dtotal, C, C) &&
+                        aligned_rows<T>(dx, C, C);
             p.stride_p = (C + 3) / 4 * 4;
             const std::int64_t grid = blocks<Kernel, Layout>(N, stream.first);
             launch<Kernel>(grid, Kernel::kMaxSharedBytes, stream, p);

@@ -7,6 +7,9 @@ Ba, Kiros, Hinton 2016. GPT-1 is post-LN, so the second form is every residual s
 
     g = dy ∘ w,   dtotal = rstd · (g − mean(g) − x̂ · mean(g ∘ x̂)),   dw = Σ dy ∘ x̂,   db = Σ dy
     dresidual = dtotal,   dx = keep ∘ dtotal · s,   dx_bias = Σ dx
+
+In GPT-1 the next branch reads y, and so does its residual. A forked y is two tensors, whose
+gradients backward adds while it reads them; autograd would do it in a pass of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def _fake_dropout_add_layer_norm_fwd(
 
 
 def _fake_dropout_add_layer_norm_bwd(
-    dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs, backend
+    dy, dy_residual, total, w, mean, rstd, seed, dropout_p, row_offset, needs, backend
 ):
     need_x, need_residual, need_w, need_b, need_x_bias = needs
     separate = need_x and not (need_residual and dropout_p == 0.0)
@@ -89,9 +92,9 @@ _dropout_add_layer_norm_fwd = define(
 )
 _dropout_add_layer_norm_bwd = define(
     "dropout_add_layer_norm",
-    "dropout_add_layer_norm_bwd(Tensor dy, Tensor total, Tensor w, Tensor mean, Tensor rstd, "
-    "Tensor? seed, float dropout_p, SymInt row_offset, bool[5] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "dropout_add_layer_norm_bwd(Tensor dy, Tensor? dy_residual, Tensor total, Tensor w, "
+    "Tensor mean, Tensor rstd, Tensor? seed, float dropout_p, SymInt row_offset, bool[5] needs, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_dropout_add_layer_norm_bwd,
 )
 
@@ -115,7 +118,7 @@ class _LayerNorm(torch.autograd.Function):
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, backend):
+    def forward(ctx, x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, fork, backend):
         x, residual, w, b, x_bias, seed = map(last_contiguous, (x, residual, w, b, x_bias, seed))
         y, total, mean, rstd = _dropout_add_layer_norm_fwd(
             x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset,
@@ -123,19 +126,24 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(total, w, mean, rstd, seed)
         ctx.config = dropout_p, row_offset, backend
-        return y
+        ctx.set_materialize_grads(False)  # of the one of two that nobody has read
+        return (y, y.view_as(y)) if fork else y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, *douts):
         once("dropout_add_layer_norm")
         dropout_p, row_offset, backend = ctx.config
         needs = ctx.needs_input_grad[:5]
+        douts = [d.contiguous() for d in douts if d is not None]
+        if not douts:
+            return (None,) * 11
+        dy, dy_residual = douts if len(douts) == 2 else (*douts, None)
         dx, dresidual, *sums = _dropout_add_layer_norm_bwd(
-            dy.contiguous(), *ctx.saved_tensors, dropout_p, row_offset, needs, backend
+            dy, dy_residual, *ctx.saved_tensors, dropout_p, row_offset, needs, backend
         )
         if needs[0] and needs[1] and dropout_p == 0.0:
             dx = dresidual
-        return *where_needed((dx, dresidual, *sums), needs), *[None] * 5
+        return *where_needed((dx, dresidual, *sums), needs), *[None] * 6
 
 
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
@@ -169,7 +177,8 @@ def dropout_add_layer_norm(
     *,
     row_offset: int = 0,
     x_bias: Tensor | None = None,
-) -> Tensor:
+    fork: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm of residual + dropout(x + x_bias): a whole residual site in one pass.
 
     Args:
@@ -179,9 +188,11 @@ def dropout_add_layer_norm(
         seed: int64 (2,) on the device; needed when dropout_p > 0.
         row_offset: tokens of the global batch that come before these rows.
         x_bias: (C,) added to x before the dropout, such as a projection's bias.
+        fork: returns the result twice, for the branch and the residual that follow; backward then
+            adds their gradients itself. The two share memory.
 
     Returns:
-        (..., C), the dtype of x; under autocast, the autocast dtype.
+        (..., C), the dtype of x; under autocast, the autocast dtype. Two of them if forked.
 
     Raises:
         TypeError: an unsupported dtype.
@@ -198,7 +209,7 @@ def dropout_add_layer_norm(
     check_dropout(op, dropout_p, seed, row_offset + x.shape[:-1].numel(), x)
     return apply(
         _DropoutAddLayerNorm, x, residual, w, b, x_bias,
-        seed if dropout_p > 0.0 else None, eps, dropout_p, row_offset,
+        seed if dropout_p > 0.0 else None, eps, dropout_p, row_offset, fork,
         resolve(op, x, width=x.shape[-1]),
     )  # fmt: skip
 

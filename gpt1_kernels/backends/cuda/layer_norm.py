@@ -35,7 +35,7 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, ...]:
     need_x, need_w, need_b = needs
     _, dx, dw, db, _ = _backward(
-        dy, x, w, mean, rstd, None, 0.0, 0, [False, need_x, need_w, need_b, False]
+        dy, None, x, w, mean, rstd, None, 0.0, 0, [False, need_x, need_w, need_b, False]
     )
     return dx, dw, db
 
@@ -57,6 +57,7 @@ def dropout_add_layer_norm_fwd(
 
 def dropout_add_layer_norm_bwd(
     dy: Tensor,  # (..., C)
+    dy_residual: Tensor | None,  # (..., C)
     total: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     mean: Tensor,  # (N,)
@@ -69,7 +70,7 @@ def dropout_add_layer_norm_bwd(
     need_x, need_residual, *need_parameters = needs
     need_x = need_x and not (need_residual and dropout_p == 0.0)  # dx is dresidual then
     return _backward(
-        dy, total, w, mean, rstd, seed, dropout_p, row_offset,
+        dy, dy_residual, total, w, mean, rstd, seed, dropout_p, row_offset,
         [need_x, need_residual, *need_parameters],
     )  # fmt: skip
 
@@ -92,7 +93,7 @@ def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_t
     return y, total, mean, rstd
 
 
-def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
+def _backward(dy, dy_residual, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     need_x, need_total, need_w, need_b, need_x_bias = needs
     N, C = mean.shape[0], w.shape[0]
     dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
@@ -110,7 +111,7 @@ def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     total, stride_tn = by_rows(total)
     launch(
         "layer_norm_bwd", total, dtype,
-        view(dy), view(total), typed_view(w), view(mean), view(rstd), view(seed),
+        view(dy), view(dy_residual), view(total), typed_view(w), view(mean), view(rstd), view(seed),
         view(dtotal), view(dx), view(partials), *map(typed_view, sums),
         N, C, stride_tn, threshold(dropout_p), keep_scale(dropout_p), row_offset,
     )  # fmt: skip

@@ -64,6 +64,7 @@ def dropout_add_layer_norm_fwd(
 
 def dropout_add_layer_norm_bwd(
     dy: Tensor,  # (..., C)
+    dy_residual: Tensor | None,  # (..., C)
     total: Tensor,  # (..., C)
     w: Tensor,
     mean: Tensor,  # (N,)
@@ -75,6 +76,8 @@ def dropout_add_layer_norm_bwd(
 ) -> tuple[Tensor, ...]:
     need_x, need_residual, need_w, need_b, need_x_bias = needs
     need_total = need_x or need_residual or need_x_bias
+    if dy_residual is not None:
+        dy = dy + dy_residual
     dtotal, dw, db = layer_norm_bwd(dy, total, w, mean, rstd, [need_total, need_w, need_b])
     dx = dtotal
     if dropout_p > 0.0 and (need_x or need_x_bias):

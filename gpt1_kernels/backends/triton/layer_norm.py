@@ -107,6 +107,7 @@ def layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["N", "row_offset", "threshold"])
 def layer_norm_bwd_kernel(
     dy_ptr,  # (N, C)
+    dy_residual_ptr,  # (N, C) or None
     total_ptr,  # (N, C)
     w_ptr,  # (C,)
     mean_ptr,  # (N,)
@@ -141,6 +142,9 @@ def layer_norm_bwd_kernel(
         offset = row[:, None] * C + column[None, :]
 
         dy = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if dy_residual_ptr is not None:
+            dy += tl.load(dy_residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            dy = dy.to(dy_ptr.dtype.element_ty).to(tl.float32)  # as autograd would add them
         total_offset = row[:, None] * stride_tn + column[None, :]
         total = tl.load(total_ptr + total_offset, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)[:, None]
@@ -194,7 +198,7 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, ...]:
     need_x, need_w, need_b = needs
     _, dx, dw, db, _ = _backward(
-        dy, x, w, mean, rstd, None, 0.0, 0, [False, need_x, need_w, need_b, False]
+        dy, None, x, w, mean, rstd, None, 0.0, 0, [False, need_x, need_w, need_b, False]
     )
     return dx, dw, db
 
@@ -216,6 +220,7 @@ def dropout_add_layer_norm_fwd(
 
 def dropout_add_layer_norm_bwd(
     dy: Tensor,  # (..., C)
+    dy_residual: Tensor | None,  # (..., C)
     total: Tensor,  # (..., C)
     w: Tensor,  # (C,)
     mean: Tensor,  # (N,)
@@ -228,7 +233,7 @@ def dropout_add_layer_norm_bwd(
     need_x, need_residual, *need_parameters = needs
     need_x = need_x and not (need_residual and dropout_p == 0.0)  # dx is dresidual then
     return _backward(
-        dy, total, w, mean, rstd, seed, dropout_p, row_offset,
+        dy, dy_residual, total, w, mean, rstd, seed, dropout_p, row_offset,
         [need_x, need_residual, *need_parameters],
     )  # fmt: skip
 
@@ -253,7 +258,7 @@ def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_t
     return y, total, mean, rstd
 
 
-def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
+def _backward(dy, dy_residual, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     need_x, need_total, need_w, need_b, need_x_bias = needs
     N, C = mean.shape[0], w.shape[0]
     dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
@@ -273,7 +278,7 @@ def _backward(dy, total, w, mean, rstd, seed, dropout_p, row_offset, needs):
     total, stride_tn = by_rows(total)
     launch(
         layer_norm_bwd_kernel, (programs,), tiles,
-        dy, total, w, mean, rstd, seed,
+        dy, dy_residual, total, w, mean, rstd, seed,
         dtotal if need_total else None, dx if need_x else None,
         *[next(of_sum) if need else None for need in needs[2:]],
         N, stride_tn, threshold(dropout_p), keep_scale(dropout_p), row_offset, C=C,
