@@ -1,8 +1,9 @@
 """Attention's dropout bits, drawn on a stream beside the one that computes.
 
 Drawing is integer arithmetic, and what runs meanwhile is bound by memory or the matrix units. Until
-backward the bits of all layers are in memory in any case, 12.6 MB a layer at GPT-1's shape (the
-causal half; allocated as a square of 25 MB).
+backward the bits of all layers are in memory in any case, 25 MB a layer at GPT-1's shape (of
+which 13.4, the causal half, are read). That does not hold for blocks that backward recomputes:
+those draw their own.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def error_record(op: str, bound: int, device: torch.device) -> ErrorRecord:
 
 def raise_recorded() -> None:
     """Raises IndexError if a kernel that has finished met an id out of range; does not wait."""
-    for (op, bound, device), record in _records.items():
+    for (op, bound, device), record in list(_records.items()):  # backward has threads of its own
         value = record.take()
         if value is not None:
             raise IndexError(f"{op}: id {value} is out of range [0, {bound}) on {device}")
@@ -70,7 +70,7 @@ def check_errors() -> None:
     Raises:
         IndexError: an op met a token id or a target out of range; names the op, the id, the bound.
     """
-    for device in {device for *_, device in _records}:
+    for device in {device for *_, device in list(_records)}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     raise_recorded()

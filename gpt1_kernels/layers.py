@@ -18,13 +18,13 @@ class Conv1D(nn.Module):
         n_in, n_out: sizes of the last axis before and after.
     """
 
+    cast: tuple[Tensor, Tensor] | None = None
+    """Weight and bias as products read them inside `weight_cast.cast_once`."""
+
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(n_out))
-
-    cast: tuple[Tensor, Tensor] | None = None
-    """Weight and bias as products read them inside `weight_cast.cast_once`."""
 
     @property
     def product_weight(self) -> Tensor:
@@ -89,9 +89,11 @@ class CausalSelfAttention(nn.Module):
         With a cache, x is what follows the positions in it: they are attended to, and x joins them.
         """
         p = self.dropout_p if self.training else 0.0
+        if keep_bits is None:
+            seed = _seed(seed, p, x)
         options = {
-            "dropout_p": p, "seed": _seed(seed, p, x), "row_offset": row_offset,
-            "first_key": first_key, "keep_bits": keep_bits,
+            "dropout_p": p, "seed": seed, "row_offset": row_offset, "first_key": first_key,
+            "keep_bits": keep_bits,
         }  # fmt: skip
         qkv = self.c_attn(x)
         if cache is None:

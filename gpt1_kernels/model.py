@@ -160,6 +160,10 @@ class GPT1Model(nn.Module, PretrainedMixin):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
         length = shape[-1]
+        rows = shape[:-1].numel()
+        _check_shape("attention_mask", attention_mask, shape)
+        _check_shape("token_type_ids", token_type_ids, shape)
+        _check_shape("position_ids", position_ids, shape, (1, length), (length,))
         past = 0 if cache is None else cache.length
         if past + length > self.config.n_positions:
             raise ValueError(
@@ -168,7 +172,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
             )
         if past and attention_mask is not None:
             raise ValueError(f"attention_mask: expected None after the {past} positions in cache")
-        mask = None if attention_mask is None else attention_mask.reshape(-1, length) != 0
+        mask = None if attention_mask is None else attention_mask.reshape(rows, length) != 0
         first_key = None if mask is None else _first_key(mask)
         if cache is not None:
             if self.training:
@@ -186,8 +190,9 @@ class GPT1Model(nn.Module, PretrainedMixin):
 
         bits = self._attention_bits(shape, seeds, row_offset)
         h = self._embed(
-            input_ids, inputs_embeds, token_type_ids, position_ids, length, seeds, row_offset
-        )
+            input_ids, inputs_embeds, token_type_ids, position_ids, rows, length, seeds,
+            row_offset,
+        )  # fmt: skip
         if mask is not None:
             h = torch.where(mask.unsqueeze(-1), h, 0)
         states, residual = [h], h
@@ -205,28 +210,36 @@ class GPT1Model(nn.Module, PretrainedMixin):
                 )
             states.append(h)
         if len(shape) != 2:  # else they stay what blocks read, and one can differentiate by them
-            h, *states = (s.view(*shape, -1) for s in (h, *states))
+            h, *states = (s.view(*shape, s.shape[-1]) for s in (h, *states))
         output = ModelOutput(
             last_hidden_state=h, hidden_states=tuple(states) if output_hidden_states else None
         )
         return output if return_dict else output.to_tuple()
 
     def _embed(
-        self, input_ids, inputs_embeds, token_type_ids, position_ids, length, seeds, row_offset
+        self,
+        input_ids,
+        inputs_embeds,
+        token_type_ids,
+        position_ids,
+        rows,
+        length,
+        seeds,
+        row_offset,
     ) -> Tensor:  # (B, T, C)
         p = self.config.embd_pdrop if seeds is not None else 0.0
         seed = None if seeds is None else seeds[EMBEDDING_SITE]
         if position_ids is not None and position_ids.dim() > 1:
-            position_ids = position_ids.reshape(-1, length)
+            position_ids = position_ids.flatten(0, -2)
         if token_type_ids is not None:
-            token_type_ids = token_type_ids.reshape(-1, length)
+            token_type_ids = token_type_ids.reshape(rows, length)
         w_token, w_position = self.tokens_embed.weight, self.positions_embed.weight
         if input_ids is not None:
             return ops.embedding(
-                input_ids.reshape(-1, length), w_token, w_position, position_ids=position_ids,
+                input_ids.reshape(rows, length), w_token, w_position, position_ids=position_ids,
                 token_type_ids=token_type_ids, dropout_p=p, seed=seed, row_offset=row_offset,
             )  # fmt: skip
-        h = inputs_embeds.reshape(-1, length, self.config.n_embd)
+        h = inputs_embeds.reshape(rows, length, self.config.n_embd)
         h = h + (w_position[:length] if position_ids is None else w_position[position_ids])
         if token_type_ids is not None:
             h = h + w_token[token_type_ids]
@@ -237,7 +250,9 @@ class GPT1Model(nn.Module, PretrainedMixin):
     ) -> Iterable[Tensor | None]:
         """The dropout bits of each attention on (..., T) tokens, or None where it draws its own."""
         p, layers = self.config.attn_pdrop, range(len(self.h))
-        if seeds is None or p == 0.0 or not draws_ahead(seeds):
+        # A checkpointed block would keep them where it keeps nothing but its input.
+        recomputed = self.gradient_checkpointing and self.training
+        if seeds is None or p == 0.0 or recomputed or not draws_ahead(seeds):
             return [None for _ in layers]
         length = shape[-1]
         of_heads = shape[:-1].numel(), self.config.n_head, length, length
@@ -485,6 +500,12 @@ class GPT1ForSequenceClassification(_Headed):
         if problem == "single_label_classification" or not labels.is_floating_point():
             return cross_entropy(logits, labels.flatten())
         return bce_with_logits(logits, labels)
+
+
+def _check_shape(name: str, given: Tensor | None, *allowed: tuple[int, ...]) -> None:
+    if given is not None and given.shape not in allowed:
+        expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(allowed))
+        raise ValueError(f"{name}: shape {tuple(given.shape)}, expected {expected}")
 
 
 def _first_key(mask: Tensor) -> Tensor | None:

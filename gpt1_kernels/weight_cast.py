@@ -12,7 +12,7 @@ from gpt1_kernels.layers import Conv1D
 
 
 class _CastTogether(torch.autograd.Function):
-    """Casts tensors in one multi-tensor launch, and in backward their gradients in another."""
+    """Casts tensors in one multi-tensor call, and in backward their gradients in another."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -39,7 +39,7 @@ def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tens
 
 @contextmanager
 def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, the products of every `Conv1D` read weights that were cast once, in one launch.
+    """Inside, the products of every `Conv1D` read weights that were cast once, in one call.
 
     The results are those of autocast, bit for bit: gradients are cast back at each backward, and
     summed in the parameters' dtype. To be left before the parameters change.

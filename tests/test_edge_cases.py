@@ -481,6 +481,35 @@ def test_row17_constant_rows(backend, dtype):
     check_parity(replace(case, inputs=inputs), backend, dtype)
 
 
+@pytest.mark.parametrize("constant", [777.777, 100.1])
+@pytest.mark.parametrize("backend", backends_of("layer_norm"))
+def test_row17_constants_whose_sums_are_rounded(backend, constant):
+    x, w = torch.full((9, 768), constant, device=DEVICE), torch.ones(768, device=DEVICE)
+    with use_backend(backend):
+        assert ops.layer_norm(x, w, torch.zeros_like(w)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("backend", backends_of("layer_norm"))
+def test_row17_a_mean_that_fp32_does_not_hold(backend):
+    x = 1e4 + 0.01 * torch.randn(9, 768, device=DEVICE)
+    w, b = torch.ones(2, 768, device=DEVICE)
+    with use_backend(backend):
+        y = ops.layer_norm(x, w, b)
+    expected = reference.layer_norm(x.double(), w.double(), b.double())
+    assert (y - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", backends_of("gelu_ffn"))
+def test_inputs_of_gelu_whose_cubes_overflow(backend):
+    dtype = widest_dtype(backend, "gelu_ffn")
+    x = torch.tensor([[1e15], [-1e15]], dtype=dtype, device=DEVICE)
+    one = torch.ones(1, 1, dtype=dtype, device=DEVICE)
+    b = torch.zeros(1, dtype=dtype, device=DEVICE, requires_grad=True)
+    with use_backend(backend):
+        (db,) = torch.autograd.grad(ops.gelu_ffn(x, one, b, one).sum(), b)
+    assert db == 1
+
+
 @on_backends(WITH_DROPOUT)
 def test_row18_dropout_at_zero_draws_nothing(case, backend):
     inputs, without = inputs_for(backend, case), partial(case.fused, dropout_p=0.0)
@@ -546,6 +575,12 @@ def test_row23_unsupported_dtypes_are_named(case, bad):
             case.fused(**{**case.inputs, name: wrong})
 
 
+def test_row23_autocast_casts_no_fp64():
+    x = torch.ones(2, 8, dtype=torch.float64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(TypeError, match="float64"):
+        ops.layer_norm(x, x[0], x[0])
+
+
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
 def test_row24_wrong_ranks_and_sizes_are_named(case):
     for name, x in case.inputs.items():
@@ -565,19 +600,31 @@ def test_row24_wrong_ranks_and_sizes_are_named(case):
             lambda x: ops.causal_attention(x[None, :, None], x[None, :3, None], x[None, :3, None]),
             "q has 9 positions, expected at most k's 3",
         ),
+        (lambda x: ops.causal_attention(*[x[None, :, None, :0]] * 3), "q has heads of size 0"),
         (lambda x: ops.causal_attention_qkvpacked(x[None], 5), "width 48.* 3 · 5 heads"),
+        (lambda x: ops.causal_attention_qkvpacked(x[None], 0), "n_head is 0, expected at least 1"),
+        (lambda x: ops.causal_attention_qkvpacked(x[None, :, :0], 1), "width 0, expected"),
+        (lambda x: ops.layer_norm(x, None, x[0]), r"w is None, expected shape \(48,\)"),
+        (lambda x: ops.gelu_ffn(x, x.t(), None, x), r"b_fc is None, expected shape \(9,\)"),
         (
             lambda x: ops.linear_cross_entropy(x, x, torch.arange(9), reduction="max"),
             "reduction is 'max', expected one of",
         ),
         (
             lambda x: ops.linear_cross_entropy(x, x, torch.arange(8)),
-            r"targets has shape \(8,\), expected \(9\)",
+            r"targets has shape \(8,\), expected \(9,\)",
         ),
         (
             lambda x: ops.embedding(torch.zeros(1, 10, dtype=torch.int64), x, x),
             "ids has 10 positions, expected at most 9",
         ),
+        (
+            lambda x: ops.embedding(
+                torch.zeros(2, 8, dtype=torch.int64), x, x, position_ids=torch.arange(7)
+            ),
+            r"position_ids has shape \(7,\), expected \(T,\), \(1, T\) or \(B, T\)",
+        ),
+        (lambda x: ops.dropout_mask(SEED.cpu(), (), 0.5), r"shape is \(\), expected \("),
         (lambda x: ops.dropout_mask(SEED.cpu(), (2, 3), 1.5), r"dropout_p is 1.5, expected"),
         (lambda x: ops.dropout_mask(SEED.cpu()[:1], (2, 3), 0.5), r"seed has shape \(1,\)"),
         (lambda x: ops.dropout_mask(SEED.cpu(), (2**32 + 1, 1), 0.5), "at most 4294967296"),

@@ -1,5 +1,6 @@
 """The models: dropout against the oracle, padding, checkpointing, arguments, errors."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -152,6 +153,26 @@ def test_logits_to_keep(keep, expected):
 def test_arguments_that_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         randomised(GPT1LMHeadModel(config()))(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("attention_mask", (4, T // 2)), ("attention_mask", (1, T)), ("attention_mask", (T,)),
+     ("token_type_ids", (4, T // 2)), ("position_ids", (4, T // 2)), ("position_ids", (T - 1,))],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_the_ids_are_named(name, shape):
+    given = torch.ones(shape, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=rf"{name}: shape {re.escape(str(shape))}, expected \(2, "):
+        randomised(GPT1LMHeadModel(config()))(tokens(2, T), **{name: given})
+
+
+@pytest.mark.parametrize("shape", [(0, T), (2, 0)])
+def test_row05_empty_batches(shape):
+    model = randomised(GPT1LMHeadModel(with_dropout()))
+    output = model(tokens(*shape), labels=tokens(*shape), return_logits=True)
+    assert output.logits.shape == (*shape, V)
+    output.loss.backward()
+    assert not any(p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU reports these later")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from gpt1_kernels.backends import BACKENDS
+from gpt1_kernels.backends import BACKENDS, OPS, unavailable_reason
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class PretrainConfig:
     keep: int = 2
     """How many of the newest checkpoints stay; 0 keeps all."""
     max_skipped: int = 10
-    """Updates in a row with a loss or gradient that is not finite, which stop the run. Each is
-    skipped."""
+    """Updates in a row with a loss or gradient that is not finite, each of which is skipped: so
+    many at a line of the log stop the run."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: a GPU where there is one."""
     seed: int = 0
@@ -133,9 +133,17 @@ def complete(config: PretrainConfig) -> PretrainConfig:
              f"a divisor of --batch-size {config.batch_size}")  # fmt: skip
     require(config, ("cuda_graph",), lambda x: not x or device.type == "cuda",
              f"a GPU, not --device {device}")  # fmt: skip
-    require(config, ("backend",), ("auto", *BACKENDS).__contains__,
-             f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
+    require_backend(config, device)
     return config
+
+
+def require_backend(config: object, device: torch.device) -> None:
+    """Raises ValueError unless --backend is auto, or one that runs every op on the device."""
+    require(config, ("backend",), ("auto", *BACKENDS).__contains__,
+            f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
+    for op in () if config.backend == "auto" else OPS:
+        if (reason := unavailable_reason(config.backend, op, device.type)) is not None:
+            raise ValueError(f"--backend: {config.backend}, but {reason}")
 
 
 def require(

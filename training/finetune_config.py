@@ -9,8 +9,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt1_kernels.backends import BACKENDS
-from training.config import default_device, default_dtype, next_folder, require
+from training.config import (
+    default_device,
+    default_dtype,
+    next_folder,
+    require,
+    require_backend,
+)
 from training.tasks import TASKS, Custom
 
 CUSTOM = "custom"
@@ -80,7 +85,8 @@ class FinetuneConfig:
     keep: int = 1
     """How many of the newest checkpoints stay; 0 keeps all. The best epoch's model always does."""
     max_skipped: int = 10
-    """Updates in a row with a loss or gradient that is not finite, which stop the run."""
+    """Updates in a row with a loss or gradient that is not finite: so many at a line of the log
+    stop the run."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: a GPU where there is one."""
     backend: str = "auto"
@@ -122,6 +128,5 @@ def complete(config: FinetuneConfig) -> FinetuneConfig:
             "none beside --model, which has its own")  # fmt: skip
     require(config, ("data_dir",), lambda x: x is None or config.task != CUSTOM,
             "none for --task custom, which has --custom.train")  # fmt: skip
-    require(config, ("backend",), ("auto", *BACKENDS).__contains__,
-            f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
+    require_backend(config, device)
     return config

@@ -154,4 +154,4 @@ def measured_peak(device: str, dtype: str) -> float:
 
 def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)

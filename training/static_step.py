@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt1_kernels.errors import raise_recorded
+from gpt1_kernels.errors import check_errors, raise_recorded
 from gpt1_kernels.rng import DropoutStream
 from training.step import Update, train_step
 
@@ -80,10 +80,11 @@ class CapturedStep(StaticStep):
     def make(self) -> Update:
         if self.warmed_up < WARM_UP:
             self.warmed_up += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
+            here = torch.cuda.current_stream(self.step.device)
+            self.stream.wait_stream(here)
             with torch.cuda.stream(self.stream):
                 made = self.update()
-            torch.cuda.current_stream().wait_stream(self.stream)
+            here.wait_stream(self.stream)
         else:
             if self.graph is None:
                 self._capture()
@@ -93,6 +94,7 @@ class CapturedStep(StaticStep):
         return Update(*(x.clone() for x in made))  # the next update overwrites them
 
     def _capture(self) -> None:
+        check_errors()  # a capture cannot wait for what an op would ask about
         for group in self.optimizer.param_groups:
             group["capturable"] = True
         self.graph = torch.cuda.CUDAGraph()

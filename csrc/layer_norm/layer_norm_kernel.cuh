@@ -147,17 +147,19 @@ struct LayerNormFwd {
 #pragma unroll
                 for (int j = 0; j < kWidth; ++j) sum += j < count ? total[i][j] : 0.0f;
             }
-            const float mean = row_sum(sum) / p.C;
-
+            float mean = row_sum(sum) / p.C;
+            sum = subtract(p, total, mean);
+            if constexpr (std::is_same_v<T, float>) {  // the sum's rounding may exceed the deviations
+                const float left = row_sum(sum) / p.C;
+                subtract(p, total, left);
+                mean += left;
+            }
             sum = 0.0f;
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
                 const int count = p.C - Layout::column(i);
 #pragma unroll
-                for (int j = 0; j < kWidth; ++j) {
-                    total[i][j] -= mean;
-                    sum += j < count ? total[i][j] * total[i][j] : 0.0f;
-                }
+                for (int j = 0; j < kWidth; ++j) sum += j < count ? total[i][j] * total[i][j] : 0.0f;
             }
             const float rstd = 1.0f / sqrtf(row_sum(sum) / p.C + p.eps);
 
@@ -172,6 +174,23 @@ struct LayerNormFwd {
             p.mean.store(row, mean, Layout::lane() == 0);
             p.rstd.store(row, rstd, Layout::lane() == 0);
         }
+    }
+
+private:
+    /// Takes a number off a row; the sum of what is left.
+    __device__ __forceinline__ static float subtract(
+        const Params& p, Vector<float, Layout::kWidth>* x, float number) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < Layout::kVectors; ++i) {
+            const int count = p.C - Layout::column(i);
+#pragma unroll
+            for (int j = 0; j < Layout::kWidth; ++j) {
+                x[i][j] -= number;
+                sum += j < count ? x[i][j] : 0.0f;
+            }
+        }
+        return sum;
     }
 };
 

@@ -169,7 +169,11 @@ def _log_fallback(op: str, backend: str, reason: str) -> None:
 @_constant
 def _environment_choice() -> str | None:
     name = os.environ.get("GPT1_KERNELS_BACKEND", "auto")
-    return None if name == "auto" else _known(name)
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(
+            f"GPT1_KERNELS_BACKEND: {name!r}, expected one of auto, {', '.join(BACKENDS)}"
+        )
+    return None if name == "auto" else name
 
 
 @cache

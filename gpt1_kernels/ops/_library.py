@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors]
+    return [t.to(dtype) if t is not None and t.dtype in ACTIVATION_DTYPES else t for t in tensors]
 
 
 def where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -86,7 +86,7 @@ def matrix(tensor: Tensor) -> Tensor:
     return tensor if 1 in tensor.stride() else tensor.contiguous()
 
 
-def check_dtype(op: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+def check_dtype(op: str, name: str, tensor: Tensor, allowed: Iterable[torch.dtype]) -> None:
     """Raises TypeError unless the tensor is dense and of an allowed dtype."""
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} has layout {tensor.layout}, expected a dense tensor")
@@ -100,11 +100,11 @@ def check_activation(op: str, name: str, tensor: Tensor) -> None:
     check_dtype(op, name, tensor, ACTIVATION_DTYPES)
 
 
-def check_parameter(op: str, name: str, tensor: Tensor | None, like: Tensor, shape) -> None:
-    """A bias, gain or table: dtype of the activation `like` or fp32, its device, this shape."""
+def check_parameter(op: str, name: str, tensor: Tensor, like: Tensor, shape) -> None:
+    """A bias or gain: dtype of the activation `like` or fp32, its device, this shape."""
     if tensor is None:
-        return
-    check_dtype(op, name, tensor, (like.dtype, torch.float32))
+        raise ValueError(f"{op}: {name} is None, expected shape {tuple(shape)}")
+    check_dtype(op, name, tensor, dict.fromkeys((like.dtype, torch.float32)))
     check_shape(op, name, tensor, shape)
     check_device(op, name, tensor, like)
 
@@ -124,8 +124,8 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str
         isinstance(e, str) or n == e for n, e in zip(tensor.shape, expected, strict=True)
     )
     if not fits:
-        wanted = ", ".join(str(e) for e in expected)
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
+        wanted = str(tuple(expected)).replace("'", "")
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
 
 
 def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:

@@ -151,6 +151,8 @@ def causal_attention(
     q, k, v = autocast(q, k, v)
     check_activation(op, "q", q)
     check_shape(op, "q", q, ("B", "Tq", "H", "D"))
+    if q.shape[-1] < 1:
+        raise ValueError(f"{op}: q has heads of size 0, expected at least 1")
     for name, tensor in (("k", k), ("v", v)):
         check_dtype(op, name, tensor, (q.dtype,))
         check_shape(
@@ -191,7 +193,9 @@ def causal_attention_qkvpacked(
     check_activation(op, "qkv", qkv)
     check_shape(op, "qkv", qkv, ("B", "T", "3C"))
     _, length, width = qkv.shape
-    if width % (3 * n_head):
+    if n_head < 1:
+        raise ValueError(f"{op}: n_head is {n_head}, expected at least 1")
+    if width == 0 or width % (3 * n_head):
         raise ValueError(f"{op}: qkv has width {width}, expected a multiple of 3 · {n_head} heads")
     keep_bits = _checked_bits(op, qkv, length, length, n_head, dropout_p, seed, row_offset,
                               first_key, keep_bits)  # fmt: skip

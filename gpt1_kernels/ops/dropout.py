@@ -44,6 +44,8 @@ def dropout_mask(
         ValueError: p outside [0, 1], a seed of the wrong shape, more than 2³² rows.
         TypeError: a seed that is not int64.
     """
+    if len(shape) < 1:
+        raise ValueError("dropout_mask: shape is (), expected (..., columns)")
     check_dropout("dropout_mask", p, seed, row_offset + prod(shape[:-1]), seed)
     return draw_mask(seed, shape, p, row_offset, causal)
 

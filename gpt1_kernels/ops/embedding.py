@@ -127,6 +127,11 @@ def embedding(
         )
     if position_ids is not None:
         check_dtype(op, "position_ids", position_ids, _INDEX_DTYPES)
+        if position_ids.shape not in (ids.shape, (1, ids.shape[1]), ids.shape[1:]):
+            raise ValueError(
+                f"{op}: position_ids has shape {tuple(position_ids.shape)}, expected (T,), (1, T) "
+                f"or (B, T) with ids of {tuple(ids.shape)}"
+            )
         position_ids = position_ids.expand(ids.shape)
     if token_type_ids is not None:
         check_dtype(op, "token_type_ids", token_type_ids, _INDEX_DTYPES)
@@ -144,5 +149,5 @@ def embedding(
         ids, w_token.contiguous(), w_position.contiguous(), position_ids, token_type_ids,
         last_contiguous(seed) if dropout_p > 0.0 else None, dropout_p, row_offset,
         torch.get_autocast_dtype(device) if autocasting else w_token.dtype,
-        resolve(op, w_token),
+        resolve(op, w_token, width=w_token.shape[1]),
     )  # fmt: skip

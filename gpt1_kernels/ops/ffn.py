@@ -108,5 +108,6 @@ def gelu_ffn(
     check_weight(op, "w_fc", w_fc, x, (x.shape[-1], "F"))
     check_parameter(op, "b_fc", b_fc, x, w_fc.shape[1:])
     check_weight(op, "w_proj", w_proj, x, (w_fc.shape[1], "C"))
-    check_parameter(op, "b_proj", b_proj, x, w_proj.shape[1:])
+    if b_proj is not None:
+        check_parameter(op, "b_proj", b_proj, x, w_proj.shape[1:])
     return apply(_GeluFFN, x, w_fc, b_fc, w_proj, b_proj, resolve(op, x))

@@ -205,7 +205,8 @@ def dropout_add_layer_norm(
     check_shape(op, "residual", residual, x.shape)
     check_device(op, "residual", residual, x)
     _check_parameters(op, x, w, b)
-    check_parameter(op, "x_bias", x_bias, x, x.shape[-1:])
+    if x_bias is not None:
+        check_parameter(op, "x_bias", x_bias, x, x.shape[-1:])
     check_dropout(op, dropout_p, seed, row_offset + x.shape[:-1].numel(), x)
     return apply(
         _DropoutAddLayerNorm, x, residual, w, b, x_bias,

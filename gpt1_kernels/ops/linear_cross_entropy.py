@@ -39,7 +39,7 @@ def _fake_fwd(h, w, targets, token_weight, ignore_index, gradients, backend):
     return losses, torch.empty_like(losses), dh, dw
 
 
-def _fake_bwd(dloss, h, w, targets, lse, token_weight, ignore_index, needs, backend):
+def _fake_bwd(dloss, h, w, targets, token_weight, ignore_index, needs, backend):
     return h.new_empty(h.shape if needs[0] else [0]), w.new_empty(w.shape if needs[1] else [0])
 
 
@@ -55,7 +55,7 @@ _fwd = define(
 )
 _bwd = define(
     "linear_cross_entropy",
-    "linear_cross_entropy_bwd(Tensor dloss, Tensor h, Tensor w, Tensor targets, Tensor lse, "
+    "linear_cross_entropy_bwd(Tensor dloss, Tensor h, Tensor w, Tensor targets, "
     "Tensor? token_weight, int ignore_index, bool[2] needs, str backend) -> (Tensor, Tensor)",
     _fake_bwd,
 )
@@ -81,9 +81,9 @@ class _ReducedLoss(torch.autograd.Function):
         if not mean:
             scale = torch.ones_like(loss)
         elif token_weight is None:
-            scale = (targets != ignore_index).sum().clamp(min=1).reciprocal()
+            scale = (targets != ignore_index).sum().clamp(min=1).float().reciprocal()
         else:
-            total = (token_weight * (targets != ignore_index)).sum()
+            total = torch.where(targets != ignore_index, token_weight, 0).sum()
             scale = torch.where(total == 0, 1, total).reciprocal()
         ctx.save_for_backward(dh, dw, scale)
         ctx.config = h.shape, w.dtype, backend
@@ -103,10 +103,10 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, token_weight, ignore_index, backend):
         rows = _rows(h)
-        losses, lse, _, _ = _fwd(
+        losses, *_ = _fwd(
             rows, w, targets, token_weight, ignore_index, [False] * 2, backend
         )  # fmt: skip
-        ctx.save_for_backward(rows, w, targets, lse, token_weight)
+        ctx.save_for_backward(rows, w, targets, token_weight)
         ctx.config = h.shape, ignore_index, backend
         return losses
 
@@ -122,7 +122,7 @@ class _TokenLosses(torch.autograd.Function):
 
 def _rows(h: Tensor) -> Tensor:
     """(..., C) as (N, C): in a Function, where autograd makes no node of it."""
-    return last_contiguous(h.reshape(-1, h.shape[-1]))
+    return last_contiguous(h.reshape(h.shape[:-1].numel(), h.shape[-1]))
 
 
 def linear_cross_entropy(

@@ -100,6 +100,11 @@ def test_a_bad_value_is_named_with_what_was_expected(option, value, expected):
     assert str(raised.value).startswith(f"{flag}: {value}, expected {expected}")
 
 
+def test_a_backend_that_cannot_run_on_the_device_is_refused_at_once():
+    with pytest.raises(ValueError, match="--backend: cuda, but it"):
+        complete(PretrainConfig(device="cpu", backend="cuda"))
+
+
 def test_a_gpu_that_is_not_there_is_refused():
     count = torch.cuda.device_count()
     with pytest.raises(ValueError) as raised:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, typed_view, view
-from gpt1_kernels.backends.portable.ids import check_ids
+from gpt1_kernels.backends.ids import check_ids
 from gpt1_kernels.errors import error_record
 from gpt1_kernels.rng import keep_scale, threshold
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, view
 from gpt1_kernels.backends.cuda.matmul import DTYPES, VECTOR, aligned, matmul, padded
+from gpt1_kernels.backends.ids import check_ids
 from gpt1_kernels.backends.logits import CHUNK_BYTES, fp16_gain, padded_vocabulary
-from gpt1_kernels.backends.portable.ids import check_ids
 from gpt1_kernels.errors import error_record
 
 __all__ = ["DTYPES", "linear_cross_entropy_bwd", "linear_cross_entropy_fwd", "scale_gradients"]
@@ -45,7 +45,6 @@ def linear_cross_entropy_bwd(
     h: Tensor,  # (N, C)
     w: Tensor,  # (V, C)
     targets: Tensor,  # (N,)
-    lse: Tensor,  # (N,)
     token_weight: Tensor | None,  # (N,)
     ignore_index: int,
     needs: list[bool],
@@ -53,7 +52,7 @@ def linear_cross_entropy_bwd(
     weight = dloss
     if token_weight is not None:
         weight = torch.where(token_weight == 0, 0, token_weight * dloss)
-    # Without lse: of logits of 10⁴, exp(logit − lse) would have 11 bits. It is found again.
+    # From the logits alone: of logits of 10⁴, exp(logit − lse) of a saved lse would have 11 bits.
     dh, dw = _by_chunks(h, w, targets, weight, ignore_index, needs, None, None)
     return dh, dw.to(w.dtype)
 

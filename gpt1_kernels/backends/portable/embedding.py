@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding as rows_of
 
+from gpt1_kernels.backends.ids import check_ids, nan_where_invalid
 from gpt1_kernels.backends.portable.dropout import keep_mask, multiplier
-from gpt1_kernels.backends.portable.ids import check_ids, nan_where_invalid
 
 
 def embedding_fwd(

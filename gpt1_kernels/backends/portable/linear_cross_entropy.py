@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.portable.ids import check_ids, nan_where_invalid
+from gpt1_kernels.backends.ids import check_ids, nan_where_invalid
 
 CACHE_BYTES = 8 * 2**20  # a chunk of logits that stays in a CPU's cache
 CHUNK_BYTES = 96 * 2**20  # the largest chunk of logits
@@ -42,7 +42,6 @@ def linear_cross_entropy_bwd(
     h: Tensor,
     w: Tensor,
     targets: Tensor,
-    lse: Tensor,  # (N,)
     token_weight: Tensor | None,
     ignore_index: int,
     needs: list[bool],

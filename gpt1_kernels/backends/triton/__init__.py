@@ -10,7 +10,7 @@ import os
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 MINIMUM_CAPABILITY = (8, 0)
 
 if INTERPRETED and importlib.util.find_spec("triton") is not None:

@@ -28,7 +28,7 @@ from gpt1_kernels.backends.triton.launch import (
 from gpt1_kernels.rng import keep_scale
 
 MAX_SIZES = {"head_size": 128}
-MAX_STRIDE = 2**22  # of positions: offsets inside a tile, of 256 rows at most, are 32-bit
+MAX_STRIDE = 2**22  # of positions: offsets inside a tile, of 128 rows at most, are 32-bit
 SMALLEST_SCALE = 2.0**-100  # times −∞ it is not NaN
 FEW_KEYS = tl.constexpr(32)  # of one word of dropout bits
 
@@ -104,6 +104,8 @@ def _keep(
         keep = tl.reshape(bits[:, None, :] & (1 << bit)[None, :, None], (BLOCK_N, BLOCK_M))
     else:
         bits = tl.load(tile_ptr + (row[:, None] * words + word[None, :]))
+        # Of a score's column, a thread of the matrix unit's layout knows bits 1 and 2, and its
+        # registers the others: one shift a word, and constants to test with.
         shifted = bits[:, :, None] >> (bit & 6)[None, None, :]
         keep = tl.reshape(shifted & (1 << (bit & 25))[None, None, :], (BLOCK_M, BLOCK_N))
     return keep != 0
@@ -588,7 +590,7 @@ def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, drop
         return
     o_strides = _contiguous_strides(Tq, H, D)
     lse_and_delta = lse.new_empty(B, H, Tq, 2)
-    tiles = attention_dq_tiles(D, q.itemsize, q.device)
+    tiles = attention_dq_tiles(D, q.itemsize)
     launch(
         causal_attention_bwd_dq_kernel, (B * H * cdiv(Tq, tiles.BLOCK_M),), tiles,
         do, q, k, v, o, lse, keep_bits, first_key, lse_and_delta, dq,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt1_kernels.backends.portable.ids import check_ids
+from gpt1_kernels.backends.ids import check_ids
 from gpt1_kernels.backends.triton.launch import (
     RUN_TILES,
     cdiv,
@@ -27,6 +27,8 @@ from gpt1_kernels.backends.triton.launch import (
 from gpt1_kernels.backends.triton.philox import keep_mask
 from gpt1_kernels.errors import error_record
 from gpt1_kernels.rng import keep_scale, threshold
+
+MAX_SIZES = {"width": 2**16}  # 64 elements of a row to each of 1024 threads
 
 
 @triton.jit

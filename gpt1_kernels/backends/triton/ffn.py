@@ -70,7 +70,7 @@ def dgelu_product(strips, first_m, first_n, M, N, stride, tensors):
         u = tl.load(pre_ptr + m * stride + n, mask=mask, other=0.0).to(tl.float32)
         gate = _gelu_gate(u, pre_ptr.dtype.element_ty == tl.float32)
         slope = LINEAR + 3 * CUBIC * (u * u)
-        dpre = strips[index] * (gate * (1.0 + u * slope * (1.0 - gate)))
+        dpre = strips[index] * (gate + u * (slope * (gate * (1.0 - gate))))
         if dpre_ptr is not None:
             tl.store(dpre_ptr + m * stride + n, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
         if partial_db_ptr is not None:

@@ -26,7 +26,10 @@ SMALLEST_SHARED_MEMORY = 99 * 1024  # of compute capabilities 8.6, 8.9 and 12.0
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Tiles of BLOCK_N whole rows, each row in BLOCK_C ≥ C columns."""
+    """Tiles of BLOCK_N whole rows, each row in BLOCK_C ≥ C columns.
+
+    `maxnreg` is how many registers a thread may take; None leaves it to ptxas.
+    """
 
     BLOCK_N: int
     BLOCK_C: int
@@ -112,7 +115,7 @@ def row_tiles(C: int, elements_per_thread: int, fewest_warps: int = 4) -> RowTil
 
 @cache
 def layer_norm_fwd_tiles(C: int) -> RowTiles:
-    """Two of 768 columns to a warp, which unasked spills rather than take over 128 registers."""
+    """Two rows of 768 columns to a warp: over 128 registers, where ptxas stops unless asked."""
     tiles = row_tiles(C, elements_per_thread=64, fewest_warps=1)
     return replace(tiles, maxnreg=min(255, 65536 // (32 * tiles.num_warps)))
 
@@ -127,8 +130,8 @@ def attention_fwd_tiles(D: int, itemsize: int, device: torch.device) -> Attentio
     return AttentionTiles(128, 32, _head_columns(D), num_warps=8, num_stages=2)
 
 
-def attention_dq_tiles(D: int, itemsize: int, device: torch.device) -> AttentionTiles:
-    """As in forward, but fewer queries of wide heads: twice as many scores are in registers."""
+def attention_dq_tiles(D: int, itemsize: int) -> AttentionTiles:
+    """Fewer scores at a time than in forward: twice as many are in registers."""
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
@@ -170,7 +173,7 @@ def vocabulary_tiles(V: int) -> VocabularyTiles:
 
 
 BIT_TILES = BitTiles(BLOCK_R=128, BLOCK_W=4, num_warps=4)
-"""A thread stores four words, 16 bytes; tiles of 128 rows leave little to waste at the diagonal."""
+"""A thread stores four words, 16 bytes. At T = 512, of 64 words 40 are drawn and 34 are read."""
 
 PARTIAL_TILES = PartialTiles(BLOCK_P=256, BLOCK_C=16, num_warps=4)
 """Narrow, so that 768 columns of up to three gradients occupy every processor."""
@@ -241,7 +244,7 @@ def chunk_rows(C: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows of logits exist at a time.
 
     As many whole waves of tiles of the narrowest product, (rows, V) @ (V, C), as CHUNK_BYTES hold.
-    Where they hold no wave that product splits its sums, and it is as many tiles as they hold.
+    Where they do not hold one wave, that product splits its sums, and as many tiles as they hold.
     """
     tiles = product_tiles(dtype, device)
     row_bytes = padded_vocabulary(V) * dtype.itemsize

@@ -25,6 +25,8 @@ from gpt1_kernels.backends.triton.partials import sum_partials
 from gpt1_kernels.backends.triton.philox import keep_mask
 from gpt1_kernels.rng import keep_scale, threshold
 
+MAX_SIZES = {"width": 2**16}  # 64 elements of a row to each of 1024 threads
+
 
 @triton.jit
 def _load_columns(ptr, column, column_mask):
@@ -36,7 +38,8 @@ def _load_columns(ptr, column, column_mask):
 def _mean(x, C: tl.constexpr):
     """(BLOCK_N, 1), the mean of each row whose elements beyond C are 0.
 
-    The quotient is rounded correctly: the mean of equal elements is that element.
+    The quotient is rounded correctly: the mean of equal elements is that element, where the sum of
+    so many is exact, as it is of 16-bit ones.
     """
     total = tl.sum(x, axis=1, keep_dims=True)
     return tl.div_rn(total, tl.full(total.shape, C, tl.float32))
@@ -93,6 +96,10 @@ def layer_norm_fwd_kernel(
 
         mean = _mean(total, C)
         centred = tl.where(column_mask[None, :], total - mean, 0.0)
+        if y_ptr.dtype.element_ty == tl.float32:  # what the sum has lost may exceed the deviations
+            left = _mean(centred, C)
+            mean += left
+            centred = tl.where(column_mask[None, :], centred - left, 0.0)
         rstd = 1.0 / tl.sqrt_rn(_mean(centred * centred, C) + eps)
         y = centred * rstd * w + b
 
