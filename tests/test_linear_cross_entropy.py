@@ -1,5 +1,6 @@
 """The head and the loss: chunks of rows, a vocabulary that fits no tile, what is not computed."""
 
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt1_kernels import check_errors, errors, use_backend
+from gpt1_kernels import check_errors, errors, ops, use_backend
 from gpt1_kernels.backends import kernel
 from gpt1_kernels.backends.cuda import linear_cross_entropy as cuda
 from gpt1_kernels.backends.portable import linear_cross_entropy as portable
@@ -54,6 +55,37 @@ def long_steps(monkeypatch):
         tiles = launch.ProductTiles(256, 256, 256, GROUP_M=8, num_warps=8, num_stages=3)
         monkeypatch.setattr(matmul, "product_tiles", lambda *args: tiles)
         monkeypatch.setattr(matmul, "STRIP", type(matmul.STRIP)(tiles.BLOCK_N))
+
+
+@pytest.fixture
+def bf16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@on_every_backend
+@pytest.mark.usefixtures("bf16_by_default")
+def test_a_mean_does_not_depend_on_the_default_dtype(backend):
+    h = torch.zeros(1001, 8, dtype=torch.bfloat16, device=DEVICE)
+    targets = torch.zeros(1001, dtype=torch.int64, device=DEVICE)
+    with use_backend(backend):
+        loss = ops.linear_cross_entropy(h, h[:16], targets)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(math.log(16), rel=1e-6)
+
+
+@on_every_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_row08_weights_of_ignored_targets_are_not_read(backend, reduction):
+    h = torch.randn(5, 8, device=DEVICE).to(torch.bfloat16)
+    targets = torch.tensor([1, 2, -100, 0, -100], device=DEVICE)
+    weight = torch.tensor([0.5, 2.0, math.nan, 1.0, math.inf], device=DEVICE)
+    loss = partial(ops.linear_cross_entropy, h, h, reduction=reduction)
+    with use_backend(backend):
+        actual = loss(targets, token_weight=weight)
+        expected = loss(targets, token_weight=torch.where(targets < 0, 3.0, weight))
+    assert torch.equal(actual, expected)
 
 
 @dtypes

@@ -25,6 +25,7 @@ from gpt1_kernels.ops._library import (
     check_shape,
     define,
     last_contiguous,
+    matrix,
     once,
     where_needed,
 )
@@ -71,7 +72,7 @@ class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, token_weight, ignore_index, mean, backend):
         # Cast here and not in sight of autograd, so that the fp32 sum of dw is rounded only once.
-        product_w = w.to(h.dtype).contiguous()
+        product_w = matrix(w.to(h.dtype))
         losses, _, dh, dw = _fwd(
             _rows(h), product_w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2],
             backend,
@@ -175,6 +176,6 @@ def linear_cross_entropy(
     backend = resolve(op, h)
     arguments = targets.reshape(-1), token_weight, ignore_index
     if reduction == "none":
-        product_w = w.to(h.dtype).contiguous()
+        product_w = matrix(w.to(h.dtype))
         return _TokenLosses.apply(h, product_w, *arguments, backend).view(targets.shape)
     return apply(_ReducedLoss, h, w, *arguments, reduction == "mean", backend)
