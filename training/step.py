@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 
 from gpt1_kernels.rng import DropoutStream
 from gpt1_kernels.weight_cast import cast_once
+
+CLIP_EPS = 1e-6  # as in `torch.nn.utils.clip_grad_norm_`
 
 
 def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
@@ -94,9 +96,11 @@ def apply_losses(
     for loss in losses:
         loss.backward()
         total += loss.detach()
-    norm = clip_grad_norm_(model.parameters(), clip)
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     finite = torch.isfinite(total + norm)
-    optimizer.found_inf = (~finite).float()  # what torch's GradScaler tells a fused optimizer
+    # What torch's GradScaler tells a fused optimizer, which divides gradients while it reads them.
+    optimizer.grad_scale = ((norm + CLIP_EPS) / clip).clamp(min=1)
+    optimizer.found_inf = (~finite).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return Update(total, norm, finite)
