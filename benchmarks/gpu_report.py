@@ -6,6 +6,8 @@
 takes eight minutes at most and writes a folder, benchmarks/records/<date>_<gpu>/: `results.json`
 with every round of everything, `README.md` with the targets, tables and pictures. With --only what
 is measured replaces what the folder has of it. A part that fails is reported, and the others run.
+What compiles for long is compiled by rehearsals of the later parts, beside the parity tests; with
+--only they are parts like the others.
 
 It compiles the CUDA kernels if they are not there (`pip install -e . --no-deps
 --no-build-isolation`, for which nothing is fetched). It needs torch 2.11 or later, triton 3.6 or
@@ -24,8 +26,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from itertools import groupby, repeat
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a file that is run by its name
@@ -49,18 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (facts,) = machine.found
     folder = options.out or RECORDS / f"{date.today()}_{_short(facts['gpu'])}"
     folder.mkdir(parents=True, exist_ok=True)
-    results = record.read(folder) | {"device": options.device, "machine": facts}
-    for name in options.only or (name for name in PARTS if name != "machine"):
-        print(f"{name} …", flush=True)
-        seconds = min(PARTS[name].seconds, deadline - time.monotonic())
-        if seconds > 0:
-            outcome = run(name, options.device, seconds)
+    results = record.read(folder)
+    earlier, gpu = (each.get("gpu", "a CPU") for each in (results.get("machine", facts), facts))
+    if earlier != gpu:
+        sys.exit(f"error: {folder} is of {earlier}, and this is {gpu}")
+    results |= {"device": options.device, "machine": facts}
+    for names in _groups(options.only or [name for name in PARTS if name != "machine"]):
+        print(f"{', '.join(names)} …", flush=True)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            lacking = Outcome([], f"nothing was left of {options.minutes:g} minutes", 0.0)
+            outcomes = {name: lacking for name in names if name not in results["parts"]}
         else:
-            outcome = Outcome([], f"nothing was left of {options.minutes:g} minutes", 0.0)
-        results["parts"][name] = {
-            "commit": options.commit, "date": str(date.today()), "seconds": outcome.seconds,
-            "problem": outcome.problem, "found": outcome.found,
-        }  # fmt: skip
+            outcomes = run_together(names, options.device, left)
+        for name, outcome in outcomes.items():
+            results["parts"][name] = {
+                "commit": options.commit, "date": str(date.today()), "seconds": outcome.seconds,
+                "problem": outcome.problem, "found": outcome.found,
+            }  # fmt: skip
         record.write(results, folder)
     write_page(results, folder)
     failures = record.failures(results)
@@ -68,6 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {failure}", file=sys.stderr)
     print(folder)
     return int(bool(failures))
+
+
+def _groups(names: Iterable[str]) -> Iterator[list[str]]:
+    """Parts that time nothing together, the others one by one."""
+    for timing, group in groupby(names, lambda name: PARTS[name].timing):
+        members = list(group)
+        yield from ([name] for name in members) if timing else [members]
+
+
+def run_together(names: Sequence[str], device: str, left: float) -> dict[str, Outcome]:
+    """Parts at the same time, none of them for longer than is `left`."""
+    limits = [min(PARTS[name].seconds, left) for name in names]
+    with ThreadPoolExecutor() as pool:
+        outcomes = pool.map(run, names, repeat(device), limits)
+    return dict(zip(names, outcomes, strict=True))
 
 
 def run(name: str, device: str, seconds: float) -> Outcome:
@@ -99,7 +124,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _commit() -> str:
     """The commit of the working tree, and whether files differ from it."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty= with changes"]
-    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # it is not installed
+        return "unknown"
     return git.stdout.strip() or "unknown"
 
 

@@ -56,19 +56,24 @@ def config(dropout: float, **overrides: int) -> GPT1Config:
 
 
 def build(library: str, config: GPT1Config, device: str = "cpu") -> nn.Module:
-    """A language model in training, with the same weights whoever's it is."""
-    torch.manual_seed(0)
-    ours = GPT1LMHeadModel(config)
-    if library == "gpt1_kernels":
-        return ours.to(device).train()
-    if library == "plain PyTorch":
-        model = PlainLMHeadModel(config)
-    else:
-        import transformers
+    """A language model in training, with the same weights whoever's it is.
 
-        model = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**config.to_dict()))
+    They are drawn where they stay: a CPU takes seconds for those of GPT-1.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        ours = GPT1LMHeadModel(config)
+        if library == "gpt1_kernels":
+            return ours.train()
+        if library == "plain PyTorch":
+            model = PlainLMHeadModel(config)
+        else:
+            import transformers
+
+            of_theirs = transformers.OpenAIGPTConfig(**config.to_dict())
+            model = transformers.OpenAIGPTLMHeadModel(of_theirs)
     model.load_state_dict(ours.state_dict(), strict=False)
-    return model.to(device).train()
+    return model.train()
 
 
 def make_calls(

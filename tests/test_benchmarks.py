@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cases, compare_models, timing, train_step
 from benchmarks.cases import (
@@ -24,12 +25,14 @@ from benchmarks.cases import (
 from benchmarks.ceilings import Ceilings
 from benchmarks.compare import Result, compare
 from benchmarks.compare_models import ModelResult, Size
+from benchmarks.host_overhead import unchecked_ids
 from benchmarks.peers import PEERS, Implementation, implementations
 from benchmarks.roofline import Floor, dropout_bits, model_flops
 from benchmarks.table import aligned, cells, figures, model_figures
 from benchmarks.timing import Timing, measure, samples
 from benchmarks.train_step import Side
 from gpt1_kernels import reference
+from tests import cuda_graphs
 
 H200 = Ceilings(bandwidth=4.3e12, rate=790e12)
 TINY = [
@@ -346,3 +349,75 @@ def test_a_side_takes_as_many_sequences_as_fit(monkeypatch):
     assert ours.flops == 6 * plain.flops
     line = model_figures([ours, replace(plain, seconds=ours.seconds)], rate=1e9)[0]
     assert line.times_best_peer == pytest.approx(6)
+
+
+def test_a_side_has_to_fit_beside_what_its_first_update_makes(monkeypatch):
+    """The optimizer's state is made when the activations are gone; the next update has both."""
+    calls = []
+
+    def making(side, config, dtype, input_ids):
+        def step():
+            calls.append(len(input_ids))
+            if len(input_ids) > 2 and calls.count(len(input_ids)) == 2:
+                raise torch.OutOfMemoryError
+
+        return {"step": step}
+
+    monkeypatch.setattr(compare_models, "make_calls", making)
+    ids = torch.zeros(4, 8, dtype=torch.int64)
+    _, tokens = compare_models._fitting_calls(Side("transformers"), None, "fp32", ids, "step")
+    assert tokens == 16
+    assert calls == [4, 4, 2, 2]
+
+
+def test_the_products_have_their_memory_before_a_side_takes_the_rest(monkeypatch):
+    order = []
+
+    def noting(name, function):
+        def run(*args):
+            order.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(compare_models, name, run)
+
+    noting("bare_products", compare_models.bare_products)
+    noting("make_calls", compare_models.make_calls)
+    sides = {"ours": Side("gpt1_kernels")}
+    compare_models.compare_models(LITTLE, "fp32", 0.0, "cpu", ("step",), 1, sides)
+    assert order == ["bare_products", "make_calls"]
+
+
+@pytest.mark.parametrize("library", ["gpt1_kernels", "plain PyTorch", "transformers"])
+def test_weights_are_drawn_where_they_stay(library):
+    """A CPU takes seconds for those of GPT-1, and a comparison builds a dozen models."""
+    if library == "transformers":
+        pytest.importorskip("transformers")
+
+    class OnCPU(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.device.type == "cpu":
+                self.largest = max(self.largest, out.numel())
+            return out
+
+    with OnCPU() as on_cpu:
+        model = train_step.build(library, LITTLE.config(0.0), "meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert on_cpu.largest < 50 * 16
+
+
+def test_a_captured_update_is_measured_without_its_memory(monkeypatch):
+    """A graph's is kept: replays allocate nothing."""
+    cuda_graphs.stand_in(monkeypatch)
+    monkeypatch.setattr(compare_models, "peak_memory", lambda function, device: 1)
+    sides = {
+        "eager": Side("gpt1_kernels", backend="portable"),
+        "captured": Side("gpt1_kernels", backend="portable", captured=True),
+    }
+    with unchecked_ids("portable"):
+        found = compare_models.compare_models(LITTLE, "fp32", 0.1, "cpu", ("step",), 2, sides)
+    assert not found.problems
+    peaks = {result.implementation: result.peak_bytes for result in found.results["step"]}
+    assert peaks == {"eager": 1, "captured": None, "bare products": 1}

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,76 @@ def test_no_part_starts_after_the_last_minute(tmp_path, monkeypatch):
     assert status == 1
     assert "layer_norm" not in ran
     assert found["parts"]["layer_norm"]["problem"] == "nothing was left of 0.001 minutes"
+
+
+def test_a_part_that_is_not_run_keeps_what_it_found_before(tmp_path, monkeypatch):
+    stub(monkeypatch, layer_norm=lambda plan, emit: emit({"found": 1}))
+    _, before = report(tmp_path, "--only", "layer_norm")
+    stub(monkeypatch, ceilings=lambda plan, emit: time.sleep(0.2))
+    _, found = report(tmp_path, "--minutes", "0.001", "--only", "ceilings", "layer_norm")
+    assert found["parts"]["layer_norm"] == before["parts"]["layer_norm"]
+
+
+def test_parts_that_time_nothing_run_beside_each_other_alone(tmp_path, monkeypatch):
+    running, seen = set(), {}
+
+    def part(name):
+        def run(plan, emit):
+            running.add(name)
+            time.sleep(0.3)
+            seen[name] = set(running)
+            running.discard(name)
+
+        return run
+
+    untimed = [name for name in PARTS if not PARTS[name].timing]
+    assert len(untimed) > 1
+    names = ["build", *untimed, "ceilings"]
+    for name in names:
+        monkeypatch.setitem(PARTS, name, replace(PARTS[name], run=part(name)))
+    report(tmp_path, "--only", *names)
+    assert seen["build"] == {"build"}
+    assert seen["ceilings"] == {"ceilings"}
+    assert any(len(seen[name]) > 1 for name in untimed)
+
+
+def test_a_rehearsal_goes_through_parts_once(monkeypatch):
+    """With what compiles for long, and without the eager model, which takes all memory."""
+    plans, found = [], []
+    stub(monkeypatch, step=lambda plan, emit: (plans.append(plan), emit({"flops": 1})))
+    report_parts.rehearse("step")(report_parts.GPU, found.append)
+    ((plan,), (row,)) = plans, found
+    assert row["rehearsed"] == "step"
+    assert (plan.rounds, plan.step_rounds, plan.host_rounds) == (1, 1, 1)
+    assert plan.size == report_parts.GPU.size
+    assert plan.sides.keys() == {
+        "gpt1_kernels, triton", "compiled transformers", "compiled plain PyTorch"
+    }  # fmt: skip
+
+
+def test_every_part_that_compiles_is_rehearsed_before_it_is_timed(monkeypatch):
+    order, ran = list(PARTS), []
+    rehearsals = {name: part for name, part in PARTS.items() if name.startswith("rehearse_")}
+    for name in order:
+        if name not in rehearsals:
+            stub(monkeypatch, **{name: lambda plan, emit, name=name: ran.append(name)})
+    for part in rehearsals.values():
+        part.run(report_parts.GPU, lambda found: None)
+    assert {*report_parts.OPS, "step", "host"} <= {*ran}
+    assert max(map(order.index, rehearsals)) < min(map(order.index, ran))
+
+
+def test_one_folder_has_no_results_of_two_gpus(tmp_path):
+    earlier = {"device": "cuda", "machine": {"gpu": "NVIDIA H200"}, "parts": {"ceilings": PART}}
+    record.write(earlier, tmp_path)
+    with pytest.raises(SystemExit, match=f"{tmp_path} is of NVIDIA H200, and this is a CPU"):
+        report(tmp_path)
+    assert record.read(tmp_path) == earlier
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert gpu_report._commit() == "unknown"
 
 
 def test_a_gpu_that_is_not_there_is_said_in_a_line(tmp_path):
