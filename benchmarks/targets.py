@@ -192,7 +192,7 @@ TARGETS = [
     Target(5, "linear + cross-entropy, in the time of its three bare products", 1.15, "{:.2f}x",
            _slower(LOSS, "both", BARE), at_most=True),
     Target(5, "linear + cross-entropy, x Liger", 2.0, "{:.2f}x", _faster(LOSS, "both", "Liger")),
-    Target(5, "linear + cross-entropy, peak memory with both gradients", 400, "{:,.0f} MB",
+    Target(5, "linear + cross-entropy, peak memory, dh's 50 MB included", 450, "{:,.0f} MB",
            _memory, at_most=True),
     Target(5, "eager's peak memory, in ours", 20, "{:.1f}x", _less_memory),
     Target(6, "the whole update, tokens/s", 700_000, "{:,.0f}", _tokens),
