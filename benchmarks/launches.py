@@ -18,10 +18,11 @@ if __name__ == "__main__":
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
@@ -29,6 +30,8 @@ from benchmarks.host_overhead import unchecked_ids
 from gpt1_kernels import GPT1Config, GPT1LMHeadModel, backends, use_backend
 from gpt1_kernels.backends.cuda import extension
 from gpt1_kernels.ops import _library
+from gpt1_kernels.weight_cast import cast_once
+from training import step as training_step
 from training.optim import make_optimizer
 from training.step import train_step
 
@@ -47,12 +50,17 @@ def launches_of_update(backend: str, n_layer: int, dtype: str = "bf16") -> Count
     def update(step: int) -> None:
         train_step(model, model.dropout_stream, optimizer, input_ids, step, RATE, dtype=dtype)
 
-    with use_backend(backend):
+    with use_backend(backend), mock.patch.object(training_step, "weights_in", _weights_in):
         update(0)
         calls = _PyTorchCalls()
         with calls, seeing_into_our_ops(calls, backend), _counting(backend) as own:
             update(1)
     return own + calls.counts
+
+
+def _weights_in(model: nn.Module, dtype: str) -> AbstractContextManager:
+    """`training.step.weights_in` as on a GPU."""
+    return cast_once(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
 
 
 class _PyTorchCalls(TorchDispatchMode):

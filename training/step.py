@@ -24,8 +24,15 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
 
 
 def weights_in(model: nn.Module, dtype: str) -> contextlib.AbstractContextManager:
-    """For bf16, the model's weights cast once for all that `autocast` runs inside."""
-    return contextlib.nullcontext() if dtype == "fp32" else cast_once(model, torch.bfloat16)
+    """For bf16, the model's weights cast once for all that `autocast` runs inside.
+
+    Not on a CPU, which saves no launches by it: there each gradient is cast back beside its layer's
+    backward, and a layer's bf16 gradients take the memory of those of the one before.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if dtype == "fp32" or on_cpu:
+        return contextlib.nullcontext()
+    return cast_once(model, torch.bfloat16)
 
 
 class Update(NamedTuple):

@@ -1,12 +1,14 @@
 """Updates, against plain PyTorch on the fp64 reference, and in micro-batches or twice."""
 
 import copy
+from itertools import groupby
 
 import pytest
 import torch
 
 from gpt1_kernels import GPT1LMHeadModel, reference
 from gpt1_kernels.numerics import CAPS, error
+from tests.cases import DEVICE
 from tests.models import T, randomised, tokens, with_dropout
 from training.optim import make_optimizer, optimizer_tensors
 from training.step import SkippedUpdates, train_step
@@ -124,6 +126,17 @@ def test_bf16_autocast_multiplies_in_bf16_and_keeps_fp32_parameters():
     model, bf16 = trained(fresh_model(), dtype="bf16")
     assert 0 < error(bf16[0], fp32[0]).whole < CAPS[torch.bfloat16]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU all are cast back together, at the end")
+def test_bf16_gradients_are_cast_back_beside_their_layer():
+    model, order = fresh_model(), []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    trained(model, dtype="bf16")
+    of_layer = [int(name.split(".")[2]) for name in order if ".h." in name]
+    layers = list(reversed(range(model.config.n_layer)))
+    assert [n for n, _ in groupby(of_layer)] == layers * UPDATES
 
 
 def test_no_gradient_is_left_to_the_next_update():

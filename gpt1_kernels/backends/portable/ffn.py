@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from gpt1_kernels.backends.portable.sums import column_sums
 from gpt1_kernels.backends.rows import as_matrix
 
 gelu, gelu_backward = torch.ops.aten.gelu, torch.ops.aten.gelu_backward
@@ -45,7 +46,7 @@ def gelu_ffn_bwd(
     if need_w_proj:
         dw_proj = hidden.t() @ dy
     if need_b_proj:
-        db_proj = dy.sum(0, dtype=torch.float32)
+        db_proj = column_sums(dy)
     if need_x or need_w_fc or need_b_fc:
         dpre = gelu_backward(dy @ w_proj.t(), pre, approximate="tanh")
         if need_x:
@@ -53,5 +54,5 @@ def gelu_ffn_bwd(
         if need_w_fc:
             dw_fc = x.t() @ dpre
         if need_b_fc:
-            db_fc = dpre.sum(0, dtype=torch.float32)
+            db_fc = column_sums(dpre)
     return dx, dw_fc, db_fc, dw_proj, db_proj

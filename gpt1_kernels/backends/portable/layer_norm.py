@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends.portable.dropout import keep_mask, multiplier
+from gpt1_kernels.backends.portable.sums import column_sums
 
 
 def layer_norm_fwd(
@@ -17,7 +18,8 @@ def layer_norm_fwd(
     x32 = x.float()
     mean = x32.mean(-1, keepdim=True)
     # Centred first: ATen multiplies x and its mean by rstd before it subtracts them.
-    y, rest, rstd = torch.native_layer_norm(x32 - mean, w.shape, w.float(), b.float(), eps)
+    centred = _minus(x32, mean, x)
+    y, rest, rstd = torch.native_layer_norm(centred, w.shape, w.float(), b.float(), eps)
     return y.to(x.dtype), (mean + rest).flatten(), rstd.flatten()
 
 
@@ -30,7 +32,7 @@ def layer_norm_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     of_row = *x.shape[:-1], 1
-    w32, centred = w.float(), x.float() - mean.view(of_row)
+    w32, centred = w.float(), _minus(x.float(), mean.view(of_row), x)
     zero = torch.zeros_like(mean).view(of_row)
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
         dy.float(), centred, w.shape, zero, rstd.view(of_row), w32, w32, needs
@@ -56,7 +58,7 @@ def dropout_add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branch = x.float() if x_bias is None else x.float() + x_bias
     if dropout_p > 0.0:
-        branch = branch * _multiplier(seed, x.shape, dropout_p, row_offset)
+        branch = _multiplier(seed, x.shape, dropout_p, row_offset).mul_(branch)
     total = (residual + branch).to(x.dtype)
     y, mean, rstd = layer_norm_fwd(total, w, b, eps)
     return y, total if save_total else x.new_empty(0), mean, rstd
@@ -81,10 +83,10 @@ def dropout_add_layer_norm_bwd(
     dtotal, dw, db = layer_norm_bwd(dy, total, w, mean, rstd, [need_total, need_w, need_b])
     dx = dtotal
     if dropout_p > 0.0 and (need_x or need_x_bias):
-        dx = (dtotal * _multiplier(seed, total.shape, dropout_p, row_offset)).to(total.dtype)
+        dx = _multiplier(seed, total.shape, dropout_p, row_offset).mul_(dtotal).to(total.dtype)
     dx_bias = w.new_empty(0, dtype=torch.float32)
     if need_x_bias:
-        dx_bias = dx.flatten(0, -2).sum(0, dtype=torch.float32)
+        dx_bias = column_sums(dx.flatten(0, -2))
     shared = need_residual and dropout_p == 0.0
     return (
         dx if need_x and not shared else total.new_empty(0),
@@ -93,6 +95,11 @@ def dropout_add_layer_norm_bwd(
         db,
         dx_bias,
     )
+
+
+def _minus(x32: Tensor, mean: Tensor, x: Tensor) -> Tensor:
+    """x32 − mean, in the memory of x32 where that is not x's."""
+    return torch.sub(x32, mean, out=None if x32 is x else x32)
 
 
 def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
