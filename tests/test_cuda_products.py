@@ -22,7 +22,7 @@ if all(unavailable_reason(name, "gelu_ffn", DEVICE) for name in ("cuda", "cuda_h
 
 from gpt1_kernels.backends.cuda import extension, ffn
 from gpt1_kernels.backends.cuda import linear_cross_entropy as lce
-from gpt1_kernels.backends.cuda.matmul import column_sums, matmul
+from gpt1_kernels.backends.cuda.matmul import aligned, column_sums, matmul
 from gpt1_kernels.backends.logits import padded_vocabulary
 
 BACKEND = "cuda" if DEVICE == "cuda" else "cuda_host"
@@ -123,6 +123,17 @@ def test_rows_that_overlap_and_addresses_off_16_bytes():
     a = operand(1, 72, "row").expand(40, 72)
     check(a, operand(1, 72 * 64 + 1, "row")[0, 1:].view(72, 64))
     check(operand(40, 73, "row")[:, :72], operand(72, 64, "row"))
+
+
+def test_only_rows_that_are_whole_aligned_and_apart_are_read_in_place():
+    """The copy engine of Hopper refuses a stride below a row, as that of an expanded row."""
+    x = operand(40, 80, "row")
+    for in_place in (x, x[:, :72], x[::2]):
+        assert aligned(in_place) is in_place
+    for copied in (x[:1].expand(40, 80), x.as_strided((9, 80), (8, 1)), x[:, 1:], x.t()):
+        rows = aligned(copied)
+        assert torch.equal(rows, copied)
+        assert rows.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)

@@ -2,7 +2,8 @@
 every chip, hopper_product.cuh the one that the extension takes on compute capability 9.0.
 
 A product reads and writes 16 bytes at a time: its matrices have a multiple of 8 columns, which
-the ops see to, and rows aligned to 16 bytes, for which an operand is copied once if need be.
+the ops see to, and rows aligned to 16 bytes that do not overlap, for which an operand is copied
+once if need be.
 """
 
 from __future__ import annotations
@@ -72,9 +73,13 @@ def operand(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """The matrix if its rows are contiguous and start at multiples of 16 bytes, else a copy."""
+    """The matrix if its rows are contiguous, start at multiples of 16 bytes and do not overlap.
+
+    Else a copy. Hopper's copy engine reads no rows that overlap, such as those of an expanded row.
+    """
     starts = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if starts and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return x if starts and apart else x.clone(memory_format=torch.contiguous_format)
 
 
 def padded(x: Tensor | None) -> Tensor | None:
