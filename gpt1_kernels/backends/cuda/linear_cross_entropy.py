@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, view
-from gpt1_kernels.backends.cuda.matmul import DTYPES, VECTOR, aligned, matmul, padded
+from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, NARROW_DTYPES, VECTOR, launch, view
+from gpt1_kernels.backends.cuda.matmul import aligned, matmul, padded
 from gpt1_kernels.backends.logits import CHUNK_BYTES, fp16_gain, padded_vocabulary
 from gpt1_kernels.backends.portable.ids import check_ids
 from gpt1_kernels.errors import error_record
 
-__all__ = ["DTYPES", "linear_cross_entropy_bwd", "linear_cross_entropy_fwd", "scale_gradients"]
+DTYPES = NARROW_DTYPES
 
 TILE_ROWS = 128
 

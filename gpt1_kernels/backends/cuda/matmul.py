@@ -8,16 +8,22 @@ once if need be.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, module, typed_view, view
+from gpt1_kernels.backends.cuda.extension import (
+    DTYPE_CODES,
+    VECTOR,
+    backend_of,
+    launch,
+    module,
+    typed_view,
+    view,
+)
 
-DTYPES = (torch.bfloat16, torch.float16)
-VECTOR = 8  # elements in 16 bytes
 RUN = 512
 """Rows that a block adds up: few enough to occupy every processor."""
 
@@ -92,7 +98,7 @@ def matrix(x: Tensor) -> tuple[tuple[int, int], int, int, int]:
     return view(x), *x.shape, x.stride(0)
 
 
-@cache
+@lru_cache(maxsize=1024)  # inputs may have ever new lengths
 def _split(M: int, N: int, K: int, index: int) -> tuple[int, int]:
     """The fp32 elements of the workspace of split sums, and their chunks; or 0, 1."""
-    return module("cuda_host" if index < 0 else "cuda").split_of_matmul(M, N, K, index)
+    return module(backend_of(index)).split_of_matmul(M, N, K, index)
