@@ -365,8 +365,7 @@ void launch(std::int64_t grid, int shared_bytes, Stream stream, const typename K
         config.attrs = &cluster;
         config.numAttrs = 1;
     }
-    cudaLaunchKernelEx(&config, entry<Kernel>, params);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = cudaLaunchKernelEx(&config, entry<Kernel>, params);
     if (error != cudaSuccess) throw_launch_error(Kernel::kName, params.shape(), error);
 }
 
