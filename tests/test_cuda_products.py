@@ -22,7 +22,7 @@ if all(unavailable_reason(name, "gelu_ffn", DEVICE) for name in ("cuda", "cuda_h
 
 from gpt1_kernels.backends.cuda import extension, ffn
 from gpt1_kernels.backends.cuda import linear_cross_entropy as lce
-from gpt1_kernels.backends.cuda.matmul import aligned, column_sums, matmul
+from gpt1_kernels.backends.cuda.matmul import aligned, column_sums, matmul, matrix
 from gpt1_kernels.backends.logits import padded_vocabulary
 
 BACKEND = "cuda" if DEVICE == "cuda" else "cuda_host"
@@ -180,6 +180,13 @@ def test_a_vocabulary_beyond_shared_memory(dtype, order):
     assert_close("lse", lse, leaf.logsumexp(1).float(), leaf.logsumexp(1), FP32)
     assert_close("gradient", logits[:, :V], leaf.grad.to(dtype), leaf.grad, dtype)
     assert not logits[:, V:].any()
+
+
+@on_host
+def test_column_sums_of_more_matrices_than_a_launch_takes_are_refused():
+    x, total = torch.ones(1, 8), extension.typed_view(torch.empty(8))
+    with pytest.raises(ValueError, match="column_sums: totals=4, expected at most 3"):
+        extension.launch("column_sums", x, 0, matrix(x), [total] * 4, 1)
 
 
 NEEDS = {"x": (2, 0), "w_fc": (2, 0), "b_fc": (1, 1), "w_proj": (1, 0), "b_proj": (0, 1)}
