@@ -69,10 +69,6 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask, Site = Site::current
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-__device__ __forceinline__ bool any(bool condition, Site = Site::current()) {
-    return __any_sync(0xffffffffu, condition);
-}
-
 // --- memory ----------------------------------------------------------------------------------------
 
 template <class T>
