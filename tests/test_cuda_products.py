@@ -230,6 +230,13 @@ def test_the_loss_launches_what_is_needed(needed, products, reduction, launches)
     assert launches[BACKEND, "scale_gradient"] == scaled
 
 
+@pytest.mark.parametrize("V", [8192, 30522, 40478, 50257])
+def test_chunks_of_logits_are_whole_tiles_of_256_rows(V):
+    """As tall as Hopper's, and two of the others'."""
+    assert lce.chunk_rows(V, BF16) % 256 == 0
+    assert lce.chunk_rows(V, BF16) * padded_vocabulary(V) * 2 <= lce.CHUNK_BYTES
+
+
 @on_host
 def test_bytes_and_bank_conflicts():
     """Each sector once, and no sector but those of the tensors; no conflicts."""

@@ -38,9 +38,10 @@ on_triton = pytest.mark.skipif(
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of one tile of rows (128; Triton: 64 in fp32), or of 100 (portable, V = 100)."""
+    """Chunks of 128 rows (Triton: 64 in fp32), or of 100 (portable, V = 100)."""
     monkeypatch.setattr(portable, "CHUNK_BYTES", 4 * 100 * 100)
     monkeypatch.setattr(cuda, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cuda, "TILE_ROWS", 128)
     if "triton" in backends_of(OP):
         from gpt1_kernels.backends.triton import launch
 
