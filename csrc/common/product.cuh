@@ -55,12 +55,9 @@ private:
     int rows_, columns_;  // left from the next tile's chunk on
 };
 
-/// A block owns a part of a tile, a warp 64 x 64 of it, and walks along K.
+/// A block owns a part of a tile, a warp 64 x 64 of its sums, and walks along K.
 ///
 /// An operand is stored as itself or as its transpose.
-///
-/// On 9.0: at most 254 registers and 64 KB, so two blocks to a processor. Of 165 to 191 instructions of a
-/// step, 64 are products.
 template <class T, bool kATransposed, bool kBTransposed, class Epilogue>
 struct Product {
     struct Params {
@@ -202,7 +199,7 @@ private:
 };
 
 /// Adds a tile's parts in order and hands the sums to an epilogue; a block owns 8 rows and 128 columns of a
-/// tile, a thread four neighbouring columns. On 9.0: 40 registers.
+/// tile, a thread four neighbouring columns.
 template <class Epilogue>
 struct SumParts {
     struct Params {
