@@ -117,21 +117,23 @@ private:
         }
     };
 
-    __device__ __forceinline__ static Pieces pieces(const Params& p) {
-        return Pieces(p.grid, block_index() / kCluster, grid_size() / kCluster);
+    // A cluster has every `clusters()`-th part, from the one of its own number on.
+    __device__ __forceinline__ static Part first_part(const Params& p) {
+        return Part(p.grid, block_index() / kCluster);
     }
+    __device__ __forceinline__ static std::int64_t clusters() { return grid_size() / kCluster; }
 
     /// One thread starts the copies of all steps.
     __device__ __forceinline__ static void fetch(
         const Params& p, const Shared<T>& tiles_a, const Shared<T>& tiles_b, const CopyBarriers& full,
         const CopyBarriers& empty) {
         Position at;
-        for (Pieces piece = pieces(p); piece; piece.next()) {
+        for (Part part = first_part(p); part; part.skip(clusters())) {
             std::int64_t first_m, first_n;
-            p.grid.origin(piece.tile, first_m, first_n);
+            p.grid.origin(part.tile, first_m, first_n);
             const int m = static_cast<int>(first_m) + cluster_rank() * kBlockM;
             const int n = static_cast<int>(first_n) + cluster_rank() * kFetchedN;
-            for (int step = piece.first; step < piece.first + piece.count; ++step) {
+            for (int step = part.first; step < part.first + part.count; ++step) {
                 const int k = step * kBlockK;
                 empty.wait(at.stage, at.parity ^ 1);
                 full.expect(at.stage, (kSizeA + kSizeB) * sizeof(T));
@@ -164,9 +166,9 @@ private:
         Position at;
         int turn = 0;
         std::uint32_t parity = group == 0;  // the first turn of the first group comes without a wait
-        for (Pieces piece = pieces(p); piece; piece.next()) {
+        for (Part part = first_part(p); part; part.skip(clusters())) {
             if (Form::kInTurns && turn++ % kGroups != group) {
-                at.skip(piece.count);
+                at.skip(part.count);
                 continue;
             }
             if constexpr (Form::kInTurns) {
@@ -175,8 +177,8 @@ private:
                 parity ^= 1;
             }
             Sums sums;
-            multiply(sums, at, piece.count, tiles_a, group_m * kBlockK, tiles_b, full, empty, turns, group);
-            Place place = piece.place();
+            multiply(sums, at, part.count, tiles_a, group_m * kBlockK, tiles_b, full, empty, turns, group);
+            Place place = part.place();
             place.first_m += cluster_rank() * kBlockM + group_m;
             finish(p.epilogue, sums, strips, place);
         }

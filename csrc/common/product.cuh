@@ -1,7 +1,7 @@
 // Products of matrices on the matrix units, and what is done with a tile of one while it is on chip.
 //
-// A block multiplies tiles of 128 x 128, 32 terms at a time, from operands that copies bring into
-// shared memory four steps ahead. The finished tile is handed to an epilogue, a few neighbouring
+// A block has a part of a tile of 128 x 128, and multiplies 32 terms at a time, from operands that copies
+// bring into shared memory four steps ahead. The sums are handed to an epilogue, a few neighbouring
 // elements at a time: a struct that adds a bias, applies a GELU or takes sums, and that stores.
 //
 // A sum over many terms with few tiles to fill the chip (a weight's gradient) is cut into chunks. Each
@@ -87,14 +87,12 @@ struct Product {
     };
 
     __device__ static void run(const Params& p) {
-        for (Pieces piece(p.grid, block_index(), grid_size()); piece; piece.next()) {
-            std::int64_t first_m, first_n;
-            p.grid.origin(piece.tile, first_m, first_n);
-            Accumulators acc{};
-            multiply(p, acc, first_m, first_n, piece.first, piece.count);
-            finish(p.epilogue, acc, piece.place());
-            barrier();  // the tile's elements have left the shared memory that the next one's operands enter
-        }
+        const Part part(p.grid, block_index());
+        std::int64_t first_m, first_n;
+        p.grid.origin(part.tile, first_m, first_n);
+        Accumulators acc{};
+        multiply(p, acc, first_m, first_n, part.first, part.count);
+        finish(p.epilogue, acc, part.place());
     }
 
 private:

@@ -372,7 +372,7 @@ void launch(std::int64_t grid, int shared_bytes, Stream, const typename Kernel::
                    [&] { Kernel::run(params); });
 }
 
-/// Two, so few that blocks walk over several tiles in a test, unless a test sets another number.
+/// Two, so few that blocks walk over several rows or sequences in a test, unless a test sets another number.
 int processors(int device);
 
 /// The kernels for Hopper's GPUs alone do not run here.
