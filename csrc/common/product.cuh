@@ -75,7 +75,7 @@ struct Product {
 
     static constexpr const char* kName = Epilogue::kName;
     static constexpr int kThreads = 128;
-    static constexpr int kBlocksPerProcessor = 2;
+    static constexpr int kBlocksPerProcessor = kTileBlocksPerProcessor;
     static constexpr int kMaxSharedBytes = kStages * (TileA::kSize + TileB::kSize) * sizeof(T);
 
     struct Accumulators {

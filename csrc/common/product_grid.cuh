@@ -21,20 +21,24 @@ struct TileShape {
 
 /// Of the kernel that runs on every chip.
 inline constexpr TileShape kTile{128, 128, 32};
+inline constexpr int kTileBlocksPerProcessor = 2;  // a thread may then have all registers that it can name
 
-/// Of the kernels for Hopper. In turns, each of two warpgroups multiplies a tile of its own, while the other
-/// is in its epilogue; else they share a tile, a larger one, for which fewer bytes are read. The two blocks
-/// of a cluster are below each other and share the columns of B, of which each fetches half for both.
-template <bool kTurns>
+/// The blocks of a cluster of the kernels for Hopper.
+inline constexpr int kHopperCluster = 2;
+
+/// Of the kernels for Hopper, in CUTLASS's terms: ping-pong, each of two warpgroups multiplies a tile of its
+/// own, while the other is in its epilogue; cooperative, they share a tile, a larger one, for which fewer
+/// bytes are read. The two blocks of a cluster are below each other and share the columns of B, of which each
+/// fetches half for both.
+template <bool kTakesTurns>
 struct HopperForm {
-    static constexpr bool kInTurns = kTurns;
-    static constexpr int kCluster = 2;
-    static constexpr int kBlockM = 128, kBlockN = kTurns ? 128 : 256, kBlockK = 64;
-    static constexpr int kStages = kTurns ? 6 : 4;
-    static constexpr TileShape kTile{kBlockM * kCluster, kBlockN, kBlockK};
+    static constexpr bool kPingPong = kTakesTurns;
+    static constexpr int kBlockM = 128, kBlockN = kPingPong ? 128 : 256, kBlockK = 64;
+    static constexpr int kStages = kPingPong ? 6 : 4;
+    static constexpr TileShape kTile{kBlockM * kHopperCluster, kBlockN, kBlockK};
 };
-using HopperInTurns = HopperForm<true>;
-using HopperTogether = HopperForm<false>;
+using HopperPingPong = HopperForm<true>;
+using HopperCooperative = HopperForm<false>;
 
 /// How a result is cut into tiles, and the sums of the tiles into chunks of steps: a part is a chunk of a
 /// tile. Where blocks work in clusters, a tile is that of a cluster, and so is all that is said of blocks.

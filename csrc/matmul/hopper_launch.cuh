@@ -30,8 +30,8 @@ void HopperLaunch<T, Epilogue, kATransposed>::start(
             using Kernel = HopperProduct<T, kATransposed, kBTransposed, Epilogue, Form>;
             launch_hopper<Kernel>(a, b, grid, epilogue, stream);
         };
-        if (grid.tile == HopperInTurns::kTile) in_form.template operator()<HopperInTurns>();
-        else in_form.template operator()<HopperTogether>();
+        if (grid.tile == HopperPingPong::kTile) in_form.template operator()<HopperPingPong>();
+        else in_form.template operator()<HopperCooperative>();
     };
     if constexpr (kATransposed) start.template operator()<false>();
     else b_transposed ? start.template operator()<true>() : start.template operator()<false>();
