@@ -26,7 +26,7 @@ NOT_GPT1 = re.compile(
 )
 """Kernels that GPT-1 in bf16 does not launch; their SASS is not looked at, for time."""
 
-HOPPER_FORMS = {"HopperFormILb1E": " in turns", "HopperFormILb0E": " together"}
+HOPPER_FORMS = {"HopperFormILb1E": " ping-pong", "HopperFormILb0E": " cooperative"}
 """What a symbol says of the form of a kernel for Hopper; both have its name."""
 
 _ENTRY = re.compile(

@@ -351,6 +351,7 @@ def _linear_cross_entropy(backend: str, B: float):
         with (
             mock.patch(f"{run.__module__}.check_ids"),
             mock.patch.object(chunking, "CHUNK_BYTES", chunk_bytes),
+            mock.patch.object(linear_cross_entropy, "TILE_ROWS", CHUNK),  # of CUDA's chunks
         ):
             run(h, w, targets, None, -100, [True] * 2)
 

@@ -22,7 +22,7 @@ if all(unavailable_reason(name, "gelu_ffn", DEVICE) for name in ("cuda", "cuda_h
 
 from gpt1_kernels.backends.cuda import extension, ffn
 from gpt1_kernels.backends.cuda import linear_cross_entropy as lce
-from gpt1_kernels.backends.cuda.matmul import column_sums, matmul
+from gpt1_kernels.backends.cuda.matmul import aligned, column_sums, matmul, matrix
 from gpt1_kernels.backends.logits import padded_vocabulary
 
 BACKEND = "cuda" if DEVICE == "cuda" else "cuda_host"
@@ -125,6 +125,17 @@ def test_rows_that_overlap_and_addresses_off_16_bytes():
     check(operand(40, 73, "row")[:, :72], operand(72, 64, "row"))
 
 
+def test_only_rows_that_are_whole_aligned_and_apart_are_read_in_place():
+    """The copy engine of Hopper refuses a stride below a row, as that of an expanded row."""
+    x = operand(40, 80, "row")
+    for in_place in (x, x[:, :72], x[::2]):
+        assert aligned(in_place) is in_place
+    for copied in (x[:1].expand(40, 80), x.as_strided((9, 80), (8, 1)), x[:, 1:], x.t()):
+        rows = aligned(copied)
+        assert torch.equal(rows, copied)
+        assert rows.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize(("R", "C"), [(1, 8), (511, 72), (513, 8), (1500, 136)])
 def test_column_sums(R, C, dtype, order):
@@ -171,6 +182,13 @@ def test_a_vocabulary_beyond_shared_memory(dtype, order):
     assert not logits[:, V:].any()
 
 
+@on_host
+def test_column_sums_of_more_matrices_than_a_launch_takes_are_refused():
+    x, total = torch.ones(1, 8), extension.typed_view(torch.empty(8))
+    with pytest.raises(ValueError, match="column_sums: totals=4, expected at most 3"):
+        extension.launch("column_sums", x, 0, matrix(x), [total] * 4, 1)
+
+
 NEEDS = {"x": (2, 0), "w_fc": (2, 0), "b_fc": (1, 1), "w_proj": (1, 0), "b_proj": (0, 1)}
 
 
@@ -210,6 +228,13 @@ def test_the_loss_launches_what_is_needed(needed, products, reduction, launches)
     assert launches[BACKEND, "matmul"] == products + again
     scaled = 0 if reduction == "none" else len(needed)
     assert launches[BACKEND, "scale_gradient"] == scaled
+
+
+@pytest.mark.parametrize("V", [8192, 30522, 40478, 50257])
+def test_chunks_of_logits_are_whole_tiles_of_256_rows(V):
+    """As tall as Hopper's, and two of the others'."""
+    assert lce.chunk_rows(V, BF16) % 256 == 0
+    assert lce.chunk_rows(V, BF16) * padded_vocabulary(V) * 2 <= lce.CHUNK_BYTES
 
 
 @on_host

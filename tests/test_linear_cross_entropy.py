@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt1_kernels import check_errors, errors, ops, use_backend
 from gpt1_kernels.backends import kernel
+from gpt1_kernels.backends.cuda import extension
 from gpt1_kernels.backends.cuda import linear_cross_entropy as cuda
+from gpt1_kernels.backends.cuda import matmul as cuda_matmul
 from gpt1_kernels.backends.portable import linear_cross_entropy as portable
 from tests.cases import (
     DEVICE,
@@ -37,9 +39,10 @@ on_triton = pytest.mark.skipif(
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of one tile of rows (128; Triton: 64 in fp32), or of 100 (portable, V = 100)."""
+    """Chunks of 128 rows (Triton: 64 in fp32), or of 100 (portable, V = 100)."""
     monkeypatch.setattr(portable, "CHUNK_BYTES", 4 * 100 * 100)
     monkeypatch.setattr(cuda, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cuda, "TILE_ROWS", 128)
     if "triton" in backends_of(OP):
         from gpt1_kernels.backends.triton import launch
 
@@ -239,6 +242,39 @@ class Allocated(TorchDispatchMode):
         return out
 
 
+def check_workspace(forward, C, rows, dtype):
+    """The memory of a chunk of GPT-1's logits, which the next uses again, is below 400 MB."""
+    h = torch.empty(rows, C, dtype=dtype, device="meta")
+    w = torch.empty(GPT1_VOCABULARY, C, dtype=dtype, device="meta")
+    targets = torch.empty(rows, dtype=torch.int64, device="meta")
+    with Allocated() as allocated:
+        losses, lse, dh, _ = forward(h, w, targets, None, -100, [True] * 2)
+    workspace = allocated.bytes - losses.nbytes - lse.nbytes - dh.nbytes
+    assert (dtype.itemsize * rows + 4 * C) * GPT1_VOCABULARY < workspace < 400e6
+
+
+@pytest.fixture(params=[60, 82, 84, 108, 114, 128, 132, 148, 188])
+def processors(request):
+    if (reason := extension.absence("cuda_host")) is not None:
+        pytest.skip(reason)
+    host = extension.module("cuda_host")
+    host.set_processors(request.param)
+    cuda_matmul._split.cache_clear()
+    yield request.param
+    host.set_processors(2)
+    cuda_matmul._split.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gpt1_needs_less_than_400_megabytes_on_every_chip(monkeypatch, dtype, processors):
+    """How many parts a sum is split into depends on the processors."""
+    for module in (cuda, cuda_matmul):
+        monkeypatch.setattr(module, "launch", lambda *args: None)
+    monkeypatch.setattr(cuda, "check_ids", lambda *args: None)
+    rows = cuda.chunk_rows(GPT1_VOCABULARY, dtype)
+    check_workspace(cuda.linear_cross_entropy_fwd, 768, rows, dtype)
+
+
 @on_triton
 @pytest.mark.parametrize("kilobytes", [99, 227], ids="{} KB of shared memory".format)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -255,13 +291,7 @@ def test_gpt1_needs_less_than_400_megabytes_and_fills_132_processors(monkeypatch
 
     C, V, device = 768, GPT1_VOCABULARY, torch.device("meta")
     rows = launch.chunk_rows(C, V, dtype, device)
-    h = torch.empty(rows, C, dtype=dtype, device=device)
-    w = torch.empty(V, C, dtype=dtype, device=device)
-    targets = torch.empty(rows, dtype=torch.int64, device=device)
-    with Allocated() as allocated:  # by one chunk; the next uses the same memory
-        losses, lse, dh, _ = kernels.linear_cross_entropy_fwd(h, w, targets, None, -100, [True] * 2)
-    workspace = allocated.bytes - losses.nbytes - lse.nbytes - dh.nbytes
-    assert dtype.itemsize * rows * V + 4 * V * C < workspace < 400e6
+    check_workspace(kernels.linear_cross_entropy_fwd, C, rows, dtype)
 
     tiles = launch.product_tiles(dtype, device)
     count = rows // tiles.BLOCK_M * -(-C // tiles.BLOCK_N)

@@ -9,8 +9,6 @@ namespace gpt1 {
 /// A block owns a head with up to 512 queries. It walks over tiles of keys and, for each, over the tiles
 /// of queries that see them, with five products a pair of tiles where two kernels need seven. dQ is
 /// summed in shared memory, where each of its numbers has one owner among the threads.
-///
-/// On 9.0: 255 registers and 218 KB of shared memory, so one block per processor.
 template <class T>
 struct AttentionBackward {
     struct Params : AttentionProblem {
@@ -22,7 +20,7 @@ struct AttentionBackward {
     static constexpr int kD = 64;
     static constexpr int kWarps = 8;
     static constexpr int kThreads = kWarps * 32;
-    static constexpr int kBlocksPerProcessor = 1;
+    static constexpr int kBlocksPerProcessor = 1;  // its shared memory is nearly all of a large chip's
     static constexpr int kKeys = kWarps * 16;
     static constexpr int kQueries = 64;
     static constexpr int kMostQueries = 512;

@@ -6,7 +6,7 @@
 namespace gpt1 {
 
 /// A block adds a run of rows, in eight accesses of 16 bytes to a row; a thread every 32nd row. The
-/// threads' shares are then added in order. On 9.0: 64 registers and 8 KB, so four blocks to a processor.
+/// threads' shares are then added in order.
 template <class T>
 struct ColumnSums {
     static constexpr int kMostSums = 3;

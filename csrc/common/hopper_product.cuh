@@ -45,9 +45,9 @@ struct HopperProduct {
         std::string shape() const { return grid.shape(); }
     };
     static constexpr int kBlockM = Form::kBlockM, kBlockN = Form::kBlockN, kBlockK = Form::kBlockK;
-    static constexpr int kStages = Form::kStages, kCluster = Form::kCluster;
+    static constexpr int kStages = Form::kStages, kCluster = kHopperCluster;
     static constexpr int kGroups = 2;  // warpgroups that multiply
-    static constexpr int kGroupM = Form::kInTurns ? kBlockM : kBlockM / kGroups;
+    static constexpr int kGroupM = Form::kPingPong ? kBlockM : kBlockM / kGroups;
     static constexpr int kSizeA = kBlockM * kBlockK, kSizeB = kBlockN * kBlockK;
     static constexpr int kFetchedN = kBlockN / kCluster;
 
@@ -65,35 +65,49 @@ struct HopperProduct {
     static constexpr int kBlocksPerProcessor = 1;
     static constexpr bool kForHopper = true;
     static constexpr int kMaxSharedBytes = kStages * (kSizeA + kSizeB) * sizeof(T) +
-                                           kGroups * 4 * Strip::kSize * sizeof(float) + 3 * 128;
+                                           kGroups * 4 * Strip::kSize * sizeof(float) +
+                                           3 * 128;  // of barriers, as the arena rounds up
+    // Of a thread, which is launched with its share of a processor's, by eights.
+    static constexpr int kLaunchedRegisters = 65536 / kThreads / 8 * 8;
     static constexpr int kMultiplyingRegisters = 232, kFetchingRegisters = 40;
+
+    static_assert(kBlockK == kBoxColumns);  // a box is as wide, where terms are columns
+    // A box starts at a multiple of 1024 bytes, as the arena's memory does: before it are boxes alone.
+    static_assert(kSizeA * sizeof(T) % 1024 == 0 && kFetchedN * kBlockK * sizeof(T) % 1024 == 0);
+    // Claiming more than were released would wait for ever.
+    static_assert(kGroups * kMultiplyingRegisters + kFetchingRegisters <= (kGroups + 1) * kLaunchedRegisters);
 
     struct Sums {
         FragmentC values[kGroupM / 64][kBlockN / 8];
     };
 
-    __device__ static void run(const Params& p) {
+    /// The block's shared memory, from the first of its bytes on.
+    struct Memory {
         SharedArena arena;
-        const Shared<T> tiles_a = arena.take<T>(kStages * kSizeA), tiles_b = arena.take<T>(kStages * kSizeB);
-        const Shared<float> strips = arena.take<float>(kGroups * 4 * Strip::kSize);
-        const CopyBarriers full(arena.take<std::uint64_t>(kStages));
-        const CopyBarriers empty(arena.take<std::uint64_t>(kStages));
-        const CopyBarriers turns(arena.take<std::uint64_t>(kGroups));
+        Shared<T> tiles_a = arena.take<T>(kStages * kSizeA), tiles_b = arena.take<T>(kStages * kSizeB);
+        Shared<float> strips = arena.take<float>(kGroups * 4 * Strip::kSize);
+        CopyBarriers full{arena.take<std::uint64_t>(kStages)};   // a stage's operands have arrived
+        CopyBarriers empty{arena.take<std::uint64_t>(kStages)};  // a stage's operands have been read
+        CopyBarriers turns{arena.take<std::uint64_t>(kGroups)};  // a group may multiply; of ping-pong alone
+    };
+
+    __device__ static void run(const Params& p) {
+        const Memory memory;
         if (thread_index() == 0) {
             for (int i = 0; i < kStages; ++i) {
-                full.init(i, 1);
-                empty.init(i, kCluster * (Form::kInTurns ? 1 : kGroups) * 4);  // warps
+                memory.full.init(i, 1);
+                memory.empty.init(i, kCluster * (Form::kPingPong ? 1 : kGroups) * 4);  // warps
             }
-            for (int group = 0; group < kGroups; ++group) turns.init(group, 4);
+            for (int group = 0; group < kGroups; ++group) memory.turns.init(group, 4);
             fence_copy_barriers();
         }
         cluster_barrier();
         if (warpgroup_index() == kGroups) {
             release_registers<kFetchingRegisters>();
-            if (thread_index() == kGroups * kWarpgroup) fetch(p, tiles_a, tiles_b, full, empty);
+            if (thread_index() == kGroups * kWarpgroup) fetch(p, memory);
         } else {
             claim_registers<kMultiplyingRegisters>();
-            consume(p, tiles_a, tiles_b, strips, full, empty, turns);
+            consume(p, memory);
         }
         cluster_barrier();  // no block leaves while the other arrives at its barriers
     }
@@ -117,101 +131,103 @@ private:
         }
     };
 
-    __device__ __forceinline__ static Pieces pieces(const Params& p) {
-        return Pieces(p.grid, block_index() / kCluster, grid_size() / kCluster);
+    // A cluster has every `clusters()`-th part, from the one of its own number on.
+    __device__ __forceinline__ static Part first_part(const Params& p) {
+        return Part(p.grid, block_index() / kCluster);
     }
+    __device__ __forceinline__ static std::int64_t clusters() { return grid_size() / kCluster; }
 
     /// One thread starts the copies of all steps.
-    __device__ __forceinline__ static void fetch(
-        const Params& p, const Shared<T>& tiles_a, const Shared<T>& tiles_b, const CopyBarriers& full,
-        const CopyBarriers& empty) {
+    __device__ __forceinline__ static void fetch(const Params& p, const Memory& memory) {
         Position at;
-        for (Pieces piece = pieces(p); piece; piece.next()) {
+        for (Part part = first_part(p); part; part.skip(clusters())) {
             std::int64_t first_m, first_n;
-            p.grid.origin(piece.tile, first_m, first_n);
+            p.grid.origin(part.tile, first_m, first_n);
             const int m = static_cast<int>(first_m) + cluster_rank() * kBlockM;
             const int n = static_cast<int>(first_n) + cluster_rank() * kFetchedN;
-            for (int step = piece.first; step < piece.first + piece.count; ++step) {
+            for (int step = part.first; step < part.first + part.count; ++step) {
                 const int k = step * kBlockK;
-                empty.wait(at.stage, at.parity ^ 1);
-                full.expect(at.stage, (kSizeA + kSizeB) * sizeof(T));
+                memory.empty.wait(at.stage, at.parity ^ 1);
+                memory.full.expect(at.stage, (kSizeA + kSizeB) * sizeof(T));
                 if constexpr (kADown) {
 #pragma unroll
                     for (int i = 0; i < kBlockM; i += kBoxColumns) {
-                        copy_box(tiles_a, at.stage * kSizeA + i * kBlockK, p.a, k, m + i, full, at.stage);
+                        copy_box(memory.tiles_a, at.stage * kSizeA + i * kBlockK, p.a, k, m + i, memory.full,
+                                 at.stage);
                     }
                 } else {
-                    copy_box(tiles_a, at.stage * kSizeA, p.a, m, k, full, at.stage);
+                    copy_box(memory.tiles_a, at.stage * kSizeA, p.a, m, k, memory.full, at.stage);
                 }
                 const int to = at.stage * kSizeB + cluster_rank() * kFetchedN * kBlockK;
                 if constexpr (kBDown) {
 #pragma unroll
                     for (int j = 0; j < kFetchedN; j += kBoxColumns) {
-                        copy_box_to_all<kCluster>(tiles_b, to + j * kBlockK, p.b, k, n + j, full, at.stage);
+                        copy_box_to_all<kCluster>(memory.tiles_b, to + j * kBlockK, p.b, k, n + j,
+                                                  memory.full, at.stage);
                     }
                 } else {
-                    copy_box_to_all<kCluster>(tiles_b, to, p.b, n, k, full, at.stage);
+                    copy_box_to_all<kCluster>(memory.tiles_b, to, p.b, n, k, memory.full, at.stage);
                 }
                 at.next();
             }
         }
     }
 
-    __device__ __forceinline__ static void consume(
-        const Params& p, const Shared<T>& tiles_a, const Shared<T>& tiles_b, const Shared<float>& strips,
-        const CopyBarriers& full, const CopyBarriers& empty, const CopyBarriers& turns) {
-        const int group = warpgroup_index(), group_m = Form::kInTurns ? 0 : group * kGroupM;
+    __device__ __forceinline__ static void consume(const Params& p, const Memory& memory) {
+        const int group = warpgroup_index(), group_m = Form::kPingPong ? 0 : group * kGroupM;
         Position at;
         int turn = 0;
         std::uint32_t parity = group == 0;  // the first turn of the first group comes without a wait
-        for (Pieces piece = pieces(p); piece; piece.next()) {
-            if (Form::kInTurns && turn++ % kGroups != group) {
-                at.skip(piece.count);
-                continue;
-            }
-            if constexpr (Form::kInTurns) {
+        for (Part part = first_part(p); part; part.skip(clusters())) {
+            if constexpr (Form::kPingPong) {
+                if (turn++ % kGroups != group) {
+                    at.skip(part.count);
+                    continue;
+                }
                 // By then the other group has seen arrive all that comes before: a parity tells no more.
-                turns.wait(group, parity);
+                memory.turns.wait(group, parity);
                 parity ^= 1;
             }
             Sums sums;
-            multiply(sums, at, piece.count, tiles_a, group_m * kBlockK, tiles_b, full, empty, turns, group);
-            Place place = piece.place();
+            multiply(sums, at, part.count, memory, group_m, group);
+            Place place = part.place();
             place.first_m += cluster_rank() * kBlockM + group_m;
-            finish(p.epilogue, sums, strips, place);
+            finish(p.epilogue, sums, memory.strips, place);
         }
     }
 
     __device__ __forceinline__ static void multiply(
-        Sums& sums, Position& at, int steps, const Shared<T>& tiles_a, int offset_a, const Shared<T>& tiles_b,
-        const CopyBarriers& full, const CopyBarriers& empty, const CopyBarriers& turns, int group) {
+        Sums& sums, Position& at, int steps, const Memory& memory, int group_m, int group) {
         int before = at.stage;
         for (int step = 0; step < steps; ++step) {
-            full.wait(at.stage, at.parity);
-            const std::uint64_t a =
-                operand_descriptor<kADown>(tiles_a, at.stage * kSizeA + offset_a, kBlockK);
-            const std::uint64_t b = operand_descriptor<kBDown>(tiles_b, at.stage * kSizeB, kBlockK);
-            products_fence();
+            memory.full.wait(at.stage, at.parity);
+            const std::uint64_t a = operand_descriptor<kADown>(
+                memory.tiles_a, at.stage * kSizeA + group_m * kBlockK, kBlockK);
+            const std::uint64_t b =
+                operand_descriptor<kBDown>(memory.tiles_b, at.stage * kSizeB, kBlockK);
+            wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kBlockK / 16; ++k) {
 #pragma unroll
                 for (int i = 0; i < kGroupM / 64; ++i) {
-                    multiply_async<T, kADown, kBDown>(sums.values[i],
-                                                      a + i * kNext64Rows + k * kNext16Terms<kADown>,
-                                                      b + k * kNext16Terms<kBDown>, step > 0 || k > 0);
+                    wgmma_async<T, kADown, kBDown>(sums.values[i],
+                                                   a + i * kNext64Rows + k * kNext16Terms<kADown>,
+                                                   b + k * kNext16Terms<kBDown>, step > 0 || k > 0);
                 }
             }
-            products_commit();
-            products_wait<1>();
-            if (step > 0) release(empty, before);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (step > 0) release(memory.empty, before);
             before = at.stage;
             at.next();
         }
-        if (Form::kInTurns && lane_index() == 0) turns.arrive(kGroups - 1 - group);
-        products_wait<0>();
+        if constexpr (Form::kPingPong) {
+            if (lane_index() == 0) memory.turns.arrive(kGroups - 1 - group);
+        }
+        wgmma_wait<0>();
 #pragma unroll
         for (int i = 0; i < kGroupM / 64; ++i) fence_sums(sums.values[i]);
-        release(empty, before);
+        release(memory.empty, before);
     }
 
     /// Tells those that fetch that this warp has read a stage.

@@ -1,7 +1,7 @@
 // Products of matrices on the matrix units, and what is done with a tile of one while it is on chip.
 //
-// A block multiplies tiles of 128 x 128, 32 terms at a time, from operands that copies bring into
-// shared memory four steps ahead. The finished tile is handed to an epilogue, a few neighbouring
+// A block has a part of a tile of 128 x 128, and multiplies 32 terms at a time, from operands that copies
+// bring into shared memory four steps ahead. The sums are handed to an epilogue, a few neighbouring
 // elements at a time: a struct that adds a bias, applies a GELU or takes sums, and that stores.
 //
 // A sum over many terms with few tiles to fill the chip (a weight's gradient) is cut into chunks. Each
@@ -55,12 +55,9 @@ private:
     int rows_, columns_;  // left from the next tile's chunk on
 };
 
-/// A block owns a part of a tile, a warp 64 x 64 of it, and walks along K.
+/// A block owns a part of a tile, a warp 64 x 64 of its sums, and walks along K.
 ///
 /// An operand is stored as itself or as its transpose.
-///
-/// On 9.0: at most 254 registers and 64 KB, so two blocks to a processor. Of 165 to 191 instructions of a
-/// step, 64 are products.
 template <class T, bool kATransposed, bool kBTransposed, class Epilogue>
 struct Product {
     struct Params {
@@ -78,7 +75,7 @@ struct Product {
 
     static constexpr const char* kName = Epilogue::kName;
     static constexpr int kThreads = 128;
-    static constexpr int kBlocksPerProcessor = 2;
+    static constexpr int kBlocksPerProcessor = kTileBlocksPerProcessor;
     static constexpr int kMaxSharedBytes = kStages * (TileA::kSize + TileB::kSize) * sizeof(T);
 
     struct Accumulators {
@@ -90,14 +87,12 @@ struct Product {
     };
 
     __device__ static void run(const Params& p) {
-        for (Pieces piece(p.grid, block_index(), grid_size()); piece; piece.next()) {
-            std::int64_t first_m, first_n;
-            p.grid.origin(piece.tile, first_m, first_n);
-            Accumulators acc{};
-            multiply(p, acc, first_m, first_n, piece.first, piece.count);
-            finish(p.epilogue, acc, piece.place());
-            barrier();  // the tile's elements have left the shared memory that the next one's operands enter
-        }
+        const Part part(p.grid, block_index());
+        std::int64_t first_m, first_n;
+        p.grid.origin(part.tile, first_m, first_n);
+        Accumulators acc{};
+        multiply(p, acc, first_m, first_n, part.first, part.count);
+        finish(p.epilogue, acc, part.place());
     }
 
 private:
@@ -202,7 +197,7 @@ private:
 };
 
 /// Adds a tile's parts in order and hands the sums to an epilogue; a block owns 8 rows and 128 columns of a
-/// tile, a thread four neighbouring columns. On 9.0: 40 registers.
+/// tile, a thread four neighbouring columns.
 template <class Epilogue>
 struct SumParts {
     struct Params {

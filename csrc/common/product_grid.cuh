@@ -21,20 +21,24 @@ struct TileShape {
 
 /// Of the kernel that runs on every chip.
 inline constexpr TileShape kTile{128, 128, 32};
+inline constexpr int kTileBlocksPerProcessor = 2;  // a thread may then have all registers that it can name
 
-/// Of the kernels for Hopper. In turns, each of two warpgroups multiplies a tile of its own, while the other
-/// is in its epilogue; else they share a tile, a larger one, for which fewer bytes are read. The two blocks
-/// of a cluster are below each other and share the columns of B, of which each fetches half for both.
-template <bool kTurns>
+/// The blocks of a cluster of the kernels for Hopper.
+inline constexpr int kHopperCluster = 2;
+
+/// Of the kernels for Hopper, in CUTLASS's terms: ping-pong, each of two warpgroups multiplies a tile of its
+/// own, while the other is in its epilogue; cooperative, they share a tile, a larger one, for which fewer
+/// bytes are read. The two blocks of a cluster are below each other and share the columns of B, of which each
+/// fetches half for both.
+template <bool kTakesTurns>
 struct HopperForm {
-    static constexpr bool kInTurns = kTurns;
-    static constexpr int kCluster = 2;
-    static constexpr int kBlockM = 128, kBlockN = kTurns ? 128 : 256, kBlockK = 64;
-    static constexpr int kStages = kTurns ? 6 : 4;
-    static constexpr TileShape kTile{kBlockM * kCluster, kBlockN, kBlockK};
+    static constexpr bool kPingPong = kTakesTurns;
+    static constexpr int kBlockM = 128, kBlockN = kPingPong ? 128 : 256, kBlockK = 64;
+    static constexpr int kStages = kPingPong ? 6 : 4;
+    static constexpr TileShape kTile{kBlockM * kHopperCluster, kBlockN, kBlockK};
 };
-using HopperInTurns = HopperForm<true>;
-using HopperTogether = HopperForm<false>;
+using HopperPingPong = HopperForm<true>;
+using HopperCooperative = HopperForm<false>;
 
 /// How a result is cut into tiles, and the sums of the tiles into chunks of steps: a part is a chunk of a
 /// tile. Where blocks work in clusters, a tile is that of a cluster, and so is all that is said of blocks.
@@ -77,27 +81,29 @@ struct Place {
     std::int64_t first_m, first_n, M, N;
 };
 
-/// The parts that a block works on, one after another: `count` steps of a tile, from step `first` on. All
-/// tiles of a chunk come before the next chunk, so that blocks at work together share their operands in L2.
-class Pieces {
+/// A part of a tile: `count` of its steps, from step `first` on. All tiles of a chunk come before the next
+/// chunk, so that blocks at work together share their operands in L2.
+class Part {
 public:
     int tile, first, count;
 
-    __device__ __forceinline__ Pieces(const ProductGrid& grid, std::int64_t block, std::int64_t blocks)
-        : grid_(grid), part_(block), stride_(blocks) {
+    __device__ __forceinline__ Part(const ProductGrid& grid, std::int64_t index)
+        : grid_(grid), index_(index) {
         find();
     }
 
+    /// Whether there is one of this index.
     __device__ __forceinline__ explicit operator bool() const { return count > 0; }
 
-    __device__ __forceinline__ void next() {
-        part_ += stride_;
+    /// Becomes the one `parts` further on.
+    __device__ __forceinline__ void skip(std::int64_t parts) {
+        index_ += parts;
         find();
     }
 
     /// In the result, or in the workspace (parts, tile.m, tile.n) of split sums.
     __device__ __forceinline__ Place place() const {
-        const std::int64_t row = part_ * grid_.tile.m;
+        const std::int64_t row = index_ * grid_.tile.m;
         if (grid_.split()) return {row, 0, row + grid_.tile.m, grid_.tile.n};
         Place place{0, 0, grid_.M, grid_.N};
         grid_.origin(tile, place.first_m, place.first_n);
@@ -107,14 +113,14 @@ public:
 private:
     __device__ __forceinline__ void find() {
         const std::int64_t tiles = grid_.tiles();
-        tile = static_cast<int>(part_ % tiles);
-        first = static_cast<int>(part_ / tiles) * grid_.chunk;
+        tile = static_cast<int>(index_ % tiles);
+        first = static_cast<int>(index_ / tiles) * grid_.chunk;
         const int left = grid_.steps - first;
         count = left < 0 ? 0 : left < grid_.chunk ? left : grid_.chunk;
     }
 
     const ProductGrid& grid_;
-    std::int64_t part_, stride_;
+    std::int64_t index_;
 };
 
 }  // namespace gpt1

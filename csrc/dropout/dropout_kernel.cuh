@@ -6,8 +6,7 @@
 namespace gpt1 {
 
 /// A warp owns 32 rows and 128 columns, a thread four words of a row: 16 bytes where rows are aligned
-/// to them. So all lanes, or nearly, are on one side of the diagonal of a causal mask. 59 registers,
-/// 8 blocks a processor.
+/// to them. So all lanes, or nearly, are on one side of the diagonal of a causal mask.
 struct DropoutMask {
     struct Params {
         Global<std::uint32_t> bits;  // (all_rows, words)

@@ -16,7 +16,7 @@ namespace gpt1 {
 constexpr int kOctet = 8;
 
 /// A thread owns eight columns of one position and walks over the sequences, so that the position's
-/// row is read once. 108 registers in bf16, 4 blocks a processor.
+/// row is read once.
 template <class Table>
 struct EmbeddingFwd {
     struct Params {
@@ -149,8 +149,7 @@ struct EmbeddingGradient {
 /// The rows of sorted ids that leave one partial sum at the most at either end.
 constexpr int kChunk = 64;
 
-/// A warp owns a chunk of the sorted ids and 256 columns, a lane eight of them. 94 registers in bf16,
-/// 5 blocks a processor.
+/// A warp owns a chunk of the sorted ids and 256 columns, a lane eight of them.
 template <class T>
 struct EmbeddingBwd {
     struct Params {
@@ -229,7 +228,7 @@ struct EmbeddingBwd {
 };
 
 /// A block owns the run that leaves a chunk, if it begins there, and 128 columns: a lane four of them,
-/// a warp every eighth partial sum. 42 registers, 4 KB of shared memory, 5 blocks a processor.
+/// a warp every eighth partial sum.
 struct EmbeddingBwdRuns {
     struct Params {
         FloatArray<false> dw;                   // (V, C)
@@ -288,8 +287,7 @@ struct EmbeddingBwdRuns {
     }
 };
 
-/// A thread adds eight columns of one position over the batch. 88 registers in bf16, 5 blocks a
-/// processor.
+/// A thread adds eight columns of one position over the batch.
 template <class T>
 struct EmbeddingBwdPositions {
     struct Params {

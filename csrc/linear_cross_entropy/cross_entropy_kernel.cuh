@@ -9,9 +9,6 @@ namespace gpt1 {
 
 /// A block owns a row and reads it once, into shared memory; a thread every 512th vector of 8 logits, its
 /// own throughout. What a row has beyond kHeldColumns is read again by each of the three passes.
-///
-/// On 9.0: 64 registers and 80 KB at GPT-1's vocabulary, so two blocks to a processor, of which one loads
-/// while the other computes.
 template <class T>
 struct CrossEntropy {
     struct Params {
@@ -29,7 +26,7 @@ struct CrossEntropy {
     static constexpr int kWidth = kVector<T>, kWarps = 16;
     static constexpr const char* kName = "cross_entropy";
     static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kBlocksPerProcessor = 2;
+    static constexpr int kBlocksPerProcessor = 2;  // one loads while the other computes
     static constexpr int kHeldColumns = 48 * 1024, kPartialBytes = 2 * 128;
     static constexpr int kMaxSharedBytes = kPartialBytes + kHeldColumns * sizeof(T);
 
@@ -139,8 +136,7 @@ private:
     }
 };
 
-/// y = scale · x; a thread owns kVectors vectors, as wide as the wider type allows. On 9.0: at most 50
-/// registers.
+/// y = scale · x; a thread owns kVectors vectors, as wide as the wider type allows.
 template <class Out, class In>
 struct ScaleGradient {
     struct Params {

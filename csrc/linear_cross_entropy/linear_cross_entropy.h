@@ -15,7 +15,7 @@ void cross_entropy(int dtype,
                    Array error,                // (2,), int64: [1 once there is an error, the target]
                    std::int64_t ignore_index, bool gradient, Stream stream);
 
-/// y = scale · x, of `count` elements; x may be y.
+/// y = scale · x, of `count` elements.
 void scale_gradient(int x_dtype, Array x, Array scale, int y_dtype, Array y, std::int64_t count,
                     Stream stream);
 

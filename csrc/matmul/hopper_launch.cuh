@@ -11,6 +11,7 @@ namespace gpt1 {
 template <class Kernel>
 void launch_hopper(const Matrix& a, const Matrix& b, const ProductGrid& grid,
                    const typename Kernel::EpilogueParams& epilogue, Stream stream) {
+    const CurrentDevice current(stream.first);  // before the driver makes maps
     const auto map = [](const Matrix& matrix, int box_rows) {
         const auto& [array, rows, columns, stride] = matrix;
         return tensor_map(array.first, Kernel::kIsBf16, rows, columns, stride, box_rows);
@@ -29,8 +30,8 @@ void HopperLaunch<T, Epilogue, kATransposed>::start(
             using Kernel = HopperProduct<T, kATransposed, kBTransposed, Epilogue, Form>;
             launch_hopper<Kernel>(a, b, grid, epilogue, stream);
         };
-        if (grid.tile == HopperInTurns::kTile) in_form.template operator()<HopperInTurns>();
-        else in_form.template operator()<HopperTogether>();
+        if (grid.tile == HopperPingPong::kTile) in_form.template operator()<HopperPingPong>();
+        else in_form.template operator()<HopperCooperative>();
     };
     if constexpr (kATransposed) start.template operator()<false>();
     else b_transposed ? start.template operator()<true>() : start.template operator()<false>();

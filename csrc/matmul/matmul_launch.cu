@@ -8,26 +8,30 @@ namespace {
 
 constexpr std::int64_t kLongSum = 4096;  // the parts of shorter ones would weigh too much
 constexpr std::int64_t kMostChunks = 16;
+constexpr std::int64_t kMostElements = 11'800'000;  // 47 MB: with them, GPT-1's loss needs less than 400
 constexpr std::int64_t kPartTerms = 1024;  // in whose time a part is written, and read by SumParts
 
 }  // namespace
 
 std::pair<std::int64_t, std::int64_t> split_of_matmul(
     std::int64_t M, std::int64_t N, std::int64_t K, int device) {
-    const ProductGrid whole = product_grid(M, N, K, 1, device);
     if (K < kLongSum) return {0, 1};
+    const ProductGrid whole = product_grid(M, N, K, 1, device);
     const std::int64_t slots = product_slots(whole, device);
     const auto terms_in_turn = [&](std::int64_t chunks) {
         const ProductGrid grid = product_grid(M, N, K, chunks, device);
         const std::int64_t waves = (grid.parts() + slots - 1) / slots;
         return waves * (std::int64_t{grid.chunk} * grid.tile.k + (grid.split() ? kPartTerms : 0));
     };
+    const auto elements = [&](std::int64_t chunks) {
+        const ProductGrid grid = product_grid(M, N, K, chunks, device);
+        return grid.split() ? grid.parts() * grid.tile_size() : 0;
+    };
     std::int64_t best = 1;
     for (std::int64_t chunks = 2; chunks <= kMostChunks; ++chunks) {
-        if (terms_in_turn(chunks) < terms_in_turn(best)) best = chunks;
+        if (elements(chunks) <= kMostElements && terms_in_turn(chunks) < terms_in_turn(best)) best = chunks;
     }
-    const ProductGrid grid = product_grid(M, N, K, best, device);
-    return {grid.split() ? grid.parts() * grid.tile_size() : 0, best};
+    return {elements(best), best};
 }
 
 void matmul(int dtype, Matrix a, bool a_transposed, Matrix b, bool b_transposed, Matrix out, int out_dtype,

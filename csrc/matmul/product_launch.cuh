@@ -13,7 +13,7 @@ namespace gpt1 {
 inline TileShape product_tile(std::int64_t K, int device) {
     constexpr std::int64_t kShortSum = 1024;  // beside which an epilogue takes long
     if (K == 0 || !is_hopper(device)) return kTile;
-    return K <= kShortSum ? HopperInTurns::kTile : HopperTogether::kTile;
+    return K <= kShortSum ? HopperPingPong::kTile : HopperCooperative::kTile;
 }
 
 /// How a product is cut on a device, and its sums into `chunks`.
@@ -24,13 +24,12 @@ inline ProductGrid product_grid(
 
 /// How many of a grid's blocks, or clusters of them, a device works on at a time.
 inline std::int64_t product_slots(const ProductGrid& grid, int device) {
-    constexpr int kBlocksPerProcessor = 2;  // of Product
     const std::int64_t count = processors(device);
-    return grid.tile == kTile ? count * kBlocksPerProcessor : count / HopperTogether::kCluster;
+    return grid.tile == kTile ? count * kTileBlocksPerProcessor : count / kHopperCluster;
 }
 
-template <class T>
-Operand<T> operand(const Matrix& matrix) {
+/// Throws unless a kernel can read the matrix.
+inline void check_operand(const Matrix& matrix) {
     const auto& [array, rows, columns, stride] = matrix;
     constexpr std::int64_t kMost = std::numeric_limits<int>::max() - 1024;  // Fetch counts down in int
     const bool aligned = columns % 8 == 0 && stride % 8 == 0 && array.first % 16 == 0;
@@ -39,6 +38,11 @@ Operand<T> operand(const Matrix& matrix) {
             "operand of " + shape_text("rows", rows, "columns", columns, "stride", stride) +
             ": expected rows of whole 16 bytes and fewer than 2^31 - 1024 of them");
     }
+}
+
+template <class T>
+Operand<T> operand(const Matrix& matrix) {
+    const auto& [array, rows, columns, stride] = matrix;
     return {Global<const T>(array), rows, columns, stride};
 }
 
@@ -55,7 +59,8 @@ void launch_product(
     const Matrix& a, const Matrix& b, bool b_transposed, const ProductGrid& grid,
     const typename Epilogue::Params& epilogue, Stream stream) {
     if (kATransposed && b_transposed) throw std::invalid_argument("matmul: a and b are both transposed");
-    const Operand<T> from_a = operand<T>(a), from_b = operand<T>(b);
+    check_operand(a);
+    check_operand(b);
     if constexpr (kHasHopperKernels) {
         if (grid.tile != kTile) {
             HopperLaunch<T, Epilogue, kATransposed>::start(a, b, b_transposed, grid, epilogue, stream);
@@ -64,7 +69,7 @@ void launch_product(
     }
     const auto start = [&]<bool kBTransposed>() {
         using Kernel = Product<T, kATransposed, kBTransposed, Epilogue>;
-        typename Kernel::Params p{from_a, from_b, grid, epilogue};
+        typename Kernel::Params p{operand<T>(a), operand<T>(b), grid, epilogue};
         launch<Kernel>(grid.parts(), Kernel::kMaxSharedBytes, stream, p);
     };
     if constexpr (kATransposed) start.template operator()<false>();

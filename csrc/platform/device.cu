@@ -6,10 +6,14 @@ namespace gpt1 {
 
 namespace {
 
+/// An error is thrown here, and not left for the next reader of cudaGetLastError to find.
+[[noreturn]] void throw_error(const std::string& call, cudaError_t error) {
+    cudaGetLastError();
+    throw std::runtime_error(call + ": " + cudaGetErrorString(error));
+}
+
 void check(cudaError_t error, const char* call) {
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
-    }
+    if (error != cudaSuccess) throw_error(call, error);
 }
 
 int attribute(cudaDeviceAttr name, int device) {
@@ -39,7 +43,7 @@ std::vector<CompiledKernel>& compiled_kernels() {
 }
 
 void throw_launch_error(const char* kernel, const std::string& shape, cudaError_t error) {
-    throw std::runtime_error(std::string(kernel) + " (" + shape + "): " + cudaGetErrorString(error));
+    throw_error(std::string(kernel) + " (" + shape + ")", error);
 }
 
 int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
@@ -58,8 +62,8 @@ void prepare(int device) {
         // A kernel for larger chips stays unprepared here, and its launcher does not choose it.
         const cudaError_t error = cudaFuncSetAttribute(
             kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.max_shared_bytes);
-        if (error != cudaSuccess) cudaGetLastError();
-        if (error != cudaErrorInvalidValue) check(error, "cudaFuncSetAttribute");
+        if (error == cudaErrorInvalidValue) cudaGetLastError();
+        else check(error, "cudaFuncSetAttribute");
     }
 }
 

@@ -69,10 +69,6 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask, Site = Site::current
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-__device__ __forceinline__ bool any(bool condition, Site = Site::current()) {
-    return __any_sync(0xffffffffu, condition);
-}
-
 // --- memory ----------------------------------------------------------------------------------------
 
 template <class T>
@@ -365,8 +361,7 @@ void launch(std::int64_t grid, int shared_bytes, Stream stream, const typename K
         config.attrs = &cluster;
         config.numAttrs = 1;
     }
-    cudaLaunchKernelEx(&config, entry<Kernel>, params);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = cudaLaunchKernelEx(&config, entry<Kernel>, params);
     if (error != cudaSuccess) throw_launch_error(Kernel::kName, params.shape(), error);
 }
 

@@ -162,15 +162,15 @@ inline constexpr int kNext16Terms = kTermsDown ? 16 * 128 / 16 : 16 * 2 / 16;
 inline constexpr int kNext64Rows = 64 * 128 / 16;
 
 /// Before the first product on registers that something else has written.
-__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 
-__device__ __forceinline__ void products_commit() {
+__device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
 }
 
 /// Until at most kOpenGroups of the committed groups are at work.
 template <int kOpenGroups>
-__device__ __forceinline__ void products_wait() {
+__device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kOpenGroups) : "memory");
 }
 
@@ -213,7 +213,7 @@ __device__ __forceinline__ void fence_sums(FragmentC (&c)[kCount]) {
 /// Starts c (64, 8 kCount) += a (64, 16) b (16, 8 kCount), or =, if not `more`; all threads of the
 /// warpgroup. A warp has 16 of the rows, in fragments side by side.
 template <class T, bool kADown, bool kBDown, int kCount>
-__device__ __forceinline__ void multiply_async(
+__device__ __forceinline__ void wgmma_async(
     FragmentC (&c)[kCount], std::uint64_t a, std::uint64_t b, bool more) {
     static_assert(kCount == 16 || kCount == 32);
     constexpr bool kBFloat = std::is_same_v<T, bf16>;

@@ -14,7 +14,8 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encode() {
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion(kName, &function, 12000, cudaEnableDefault, &found);
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
-        throw std::runtime_error(std::string(kName) + ": not in the driver: " + cudaGetErrorString(error));
+        const std::string reason = error == cudaSuccess ? "" : std::string(": ") + cudaGetErrorString(error);
+        throw std::runtime_error(std::string(kName) + ": not in the driver" + reason);
     }
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }

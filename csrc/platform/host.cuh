@@ -136,14 +136,6 @@ T shuffle_xor(T value, int mask, Site site = Site::current()) {
     return gpt1::shuffle(value, lane_index() ^ mask, site);  // not std::shuffle, which Site would find
 }
 
-inline bool any(bool condition, Site site = Site::current()) {
-    return host::exchange<bool>("any", site, condition, [](host::Slot* slots) {
-        bool found = false;
-        for (int i = 0; i < host::kLanes; ++i) found |= host::given<bool>(slots[i]);
-        for (int i = 0; i < host::kLanes; ++i) host::taken<bool>(slots[i]) = found;
-    });
-}
-
 // --- memory ----------------------------------------------------------------------------------------
 
 namespace host {
@@ -380,7 +372,7 @@ void launch(std::int64_t grid, int shared_bytes, Stream, const typename Kernel::
                    [&] { Kernel::run(params); });
 }
 
-/// Two, so few that blocks walk over several tiles in a test, unless a test sets another number.
+/// Two, so few that blocks walk over several rows or sequences in a test, unless a test sets another number.
 int processors(int device);
 
 /// The kernels for Hopper's GPUs alone do not run here.

@@ -62,7 +62,7 @@ void bind_platform(py::module_& module) {
     module.def("set_order", &set_order, py::arg("order"), py::arg("seed") = 0,
                "In which order threads run between barriers: forward, reversed or shuffled.");
     module.def("set_processors", [](int count) { host::processors = count; }, py::arg("count"),
-               "How many the chip has, which sizes the grids that walk over tiles; 2 at first.");
+               "How many the chip has, which sizes grids that walk over rows, and splits sums; 2 at first.");
     module.def("set_shared_memory", [](int bytes) { host::shared_memory = bytes; }, py::arg("bytes"),
                "How much a block may ask for, by which launchers choose kernels; 101376 at first.");
     module.def("count_traffic", &host::count_traffic, py::arg("on"),

@@ -4,7 +4,7 @@
 //   thread_index() lane_index() warp_index() block_index() grid_size()
 //   barrier()                            all threads of the block, and their memory
 //   warp_barrier()                       all lanes of the warp, and their memory
-//   shuffle(value, lane)  shuffle_xor(value, mask)  any(condition)       all lanes of the warp
+//   shuffle(value, lane)  shuffle_xor(value, mask)       all lanes of the warp
 //
 //   Global<T>, Shared<T>                 views with extents: load, store, and vectors of 16 bytes;
 //                                        a masked-out access touches nothing, a load then gives 0

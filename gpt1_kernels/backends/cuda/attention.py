@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, view
+from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, NARROW_DTYPES, VECTOR, launch, view
 from gpt1_kernels.rng import keep_scale
 
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = NARROW_DTYPES
 MAX_SIZES = {"head_size": 128}
-
-VECTOR = 8  # elements in 16 bytes
 
 
 def causal_attention_fwd(

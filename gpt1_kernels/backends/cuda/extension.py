@@ -20,6 +20,9 @@ NOT_BUILT = {
     "cuda_host": "it was installed without GPT1_KERNELS_BUILD_HOST=1",
 }
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+"""Those of the kernels on the matrix units."""
+VECTOR = 8  # elements of a narrow dtype in 16 bytes
 
 
 @cache
@@ -52,17 +55,18 @@ def launch(function: str, tensor: Tensor, *args) -> None:
     """
     index = tensor.get_device()  # -1 on a CPU
     stream = 0 if index < 0 else torch._C._cuda_getCurrentRawStream(index)
-    count_launch(_backend(index), function)
-    getattr(_prepared(_backend(index), index), function)(*args, (index, stream))
+    count_launch(backend_of(index), function)
+    getattr(_prepared(backend_of(index), index), function)(*args, (index, stream))
 
 
 def query(function: str, tensor: Tensor, *args) -> int:
     """What a function of the extension says of launches where a tensor lies, such as their grid."""
     index = tensor.get_device()
-    return getattr(_prepared(_backend(index), index), function)(*args, index)
+    return getattr(_prepared(backend_of(index), index), function)(*args, index)
 
 
-def _backend(index: int) -> str:
+def backend_of(index: int) -> str:
+    """The backend that serves a device, -1 for the CPU."""
     return "cuda_host" if index < 0 else "cuda"
 
 

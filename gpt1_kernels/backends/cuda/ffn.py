@@ -9,10 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, typed_view, view
-from gpt1_kernels.backends.cuda.matmul import (
-    DTYPES,
+from gpt1_kernels.backends.cuda.extension import (
+    DTYPE_CODES,
+    NARROW_DTYPES,
     VECTOR,
+    launch,
+    typed_view,
+    view,
+)
+from gpt1_kernels.backends.cuda.matmul import (
     aligned,
     column_sums,
     matmul,
@@ -22,7 +27,7 @@ from gpt1_kernels.backends.cuda.matmul import (
 )
 from gpt1_kernels.backends.rows import as_matrix
 
-__all__ = ["DTYPES", "gelu_ffn_bwd", "gelu_ffn_fwd"]
+DTYPES = NARROW_DTYPES
 
 SUMMED_ROWS = 64
 """The rows of du that the epilogue adds up, for the gradient of the bias."""

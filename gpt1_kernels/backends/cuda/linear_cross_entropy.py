@@ -5,7 +5,8 @@ and, where a gradient is asked for, overwrites it with that gradient, from which
 give dh and add to dW. A row of GPT-1's vocabulary fits in shared memory, so it is read once.
 
 At GPT-1's shape (N=32768, C=768, V=40478, bf16) a chunk has 2816 rows. Its logits take 228 MB, the
-fp32 sum of dW 124 MB and the parts of a product with split sums up to 26 MB: a workspace of 378 MB.
+fp32 sum of dW 124 MB and the parts of a product with split sums at most 47 MB, as many as the chip
+has use for: a workspace below 400 MB.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, view
-from gpt1_kernels.backends.cuda.matmul import DTYPES, VECTOR, aligned, matmul, padded
-from gpt1_kernels.backends.ids import check_ids
+from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, NARROW_DTYPES, VECTOR, launch, view
+from gpt1_kernels.backends.cuda.matmul import aligned, matmul, padded
 from gpt1_kernels.backends.logits import CHUNK_BYTES, fp16_gain, padded_vocabulary
 from gpt1_kernels.errors import error_record
 
-__all__ = ["DTYPES", "linear_cross_entropy_bwd", "linear_cross_entropy_fwd", "scale_gradients"]
+DTYPES = NARROW_DTYPES
 
-TILE_ROWS = 128
+TILE_ROWS = 256
+"""Of the tallest tile, Hopper's; the others' are half of it."""
 
 
 def linear_cross_entropy_fwd(

@@ -2,21 +2,28 @@
 every chip, hopper_product.cuh the one that the extension takes on compute capability 9.0.
 
 A product reads and writes 16 bytes at a time: its matrices have a multiple of 8 columns, which
-the ops see to, and rows aligned to 16 bytes, for which an operand is copied once if need be.
+the ops see to, and rows aligned to 16 bytes that do not overlap, for which an operand is copied
+once if need be.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, module, typed_view, view
+from gpt1_kernels.backends.cuda.extension import (
+    DTYPE_CODES,
+    VECTOR,
+    backend_of,
+    launch,
+    module,
+    typed_view,
+    view,
+)
 
-DTYPES = (torch.bfloat16, torch.float16)
-VECTOR = 8  # elements in 16 bytes
 RUN = 512
 """Rows that a block adds up: few enough to occupy every processor."""
 
@@ -72,9 +79,13 @@ def operand(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """The matrix if its rows are contiguous and start at multiples of 16 bytes, else a copy."""
+    """The matrix if its rows are contiguous, start at multiples of 16 bytes and do not overlap.
+
+    Else a copy. Hopper's copy engine reads no rows that overlap, such as those of an expanded row.
+    """
     starts = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if starts and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return x if starts and apart else x.clone(memory_format=torch.contiguous_format)
 
 
 def padded(x: Tensor | None) -> Tensor | None:
@@ -87,7 +98,7 @@ def matrix(x: Tensor) -> tuple[tuple[int, int], int, int, int]:
     return view(x), *x.shape, x.stride(0)
 
 
-@cache
+@lru_cache(maxsize=1024)  # inputs may have ever new lengths
 def _split(M: int, N: int, K: int, index: int) -> tuple[int, int]:
     """The fp32 elements of the workspace of split sums, and their chunks; or 0, 1."""
-    return module("cuda_host" if index < 0 else "cuda").split_of_matmul(M, N, K, index)
+    return module(backend_of(index)).split_of_matmul(M, N, K, index)
