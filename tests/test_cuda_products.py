@@ -166,7 +166,7 @@ def test_a_vocabulary_beyond_shared_memory(dtype, order):
     logits = torch.full((N, padded_vocabulary(V)), torch.nan, device=DEVICE).to(dtype)
     logits[:, :V] = 3 * torch.randn(N, V, device=DEVICE)
     targets = torch.tensor([7, V - 1], device=DEVICE)
-    losses, lse = torch.empty(2, N, device=DEVICE)
+    losses = torch.empty(N, device=DEVICE)
     leaf = logits[:, :V].double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
     expected.sum().backward()
@@ -174,10 +174,9 @@ def test_a_vocabulary_beyond_shared_memory(dtype, order):
     extension.launch(
         "cross_entropy", logits, extension.DTYPE_CODES[dtype],
         extension.view(logits), *logits.shape, V, extension.view(targets), (0, 0), (0, 0),
-        extension.view(losses), extension.view(lse), (0, 0), -100, True,
+        extension.view(losses), (0, 0), -100, True,
     )  # fmt: skip
     assert_close("losses", losses, expected.float(), expected, FP32)
-    assert_close("lse", lse, leaf.logsumexp(1).float(), leaf.logsumexp(1), FP32)
     assert_close("gradient", logits[:, :V], leaf.grad.to(dtype), leaf.grad, dtype)
     assert not logits[:, V:].any()
 
@@ -268,5 +267,5 @@ def test_bytes_and_bank_conflicts():
     logits, products = 2 * N * columns, 2 * (3 * N * C + 2 * V * C)
     assert moved(lce.linear_cross_entropy_fwd, h, w, targets, None, -100, [True, True]) == {
         "matmul": 3 * logits + products + 4 * V * C,
-        "cross_entropy": 2 * logits + 8 * N + 2 * 4 * N,
+        "cross_entropy": 2 * logits + 8 * N + 4 * N,
     }

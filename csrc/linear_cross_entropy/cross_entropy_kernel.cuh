@@ -16,7 +16,7 @@ struct CrossEntropy {
         Global<const std::int64_t> targets;  // (rows,)
         Global<const float> weight;          // (rows,), may be absent
         Global<const float> gain;            // (), may be absent
-        Global<float> losses, lse;           // (rows,), may be absent
+        Global<float> losses;                // (rows,), may be absent
         Global<std::int64_t> error;          // (2,)
         std::int64_t ignore_index;
         int columns, V;
@@ -93,7 +93,6 @@ struct CrossEntropy {
         if (thread_index() == 0 && p.losses) {
             const float loss = behind == 0.0f ? log1pf(others) : logf(total) - behind;
             p.losses.store(row, used ? loss * weight : counted ? NAN : 0.0f);
-            p.lse.store(row, largest + logf(total));
             if (counted && !in_range && compare_exchange(p.error, 0, 0, 1) == 0) p.error.store(1, target);
         }
         if (!p.gradient) return;

@@ -4,14 +4,14 @@
 
 namespace gpt1 {
 
-/// The losses and log-sum-exps of a chunk of logits, and its gradient in their place.
+/// The losses of a chunk of logits, and its gradient in their place.
 void cross_entropy(int dtype,
                    Array logits, std::int64_t rows, std::int64_t columns,  // a multiple of 8
                    std::int64_t V,             // columns that count; the gradient of the others is 0
                    Array targets,              // (rows,), int64
                    Array weight,               // (rows,), fp32; may be absent
                    Array gain,                 // (), fp32, a factor of the gradient; may be absent
-                   Array losses, Array lse,    // (rows,), fp32; may be absent, both
+                   Array losses,               // (rows,), fp32; may be absent
                    Array error,                // (2,), int64: [1 once there is an error, the target]
                    std::int64_t ignore_index, bool gradient, Stream stream);
 

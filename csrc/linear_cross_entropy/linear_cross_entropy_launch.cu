@@ -4,7 +4,7 @@
 namespace gpt1 {
 
 void cross_entropy(int dtype, Array logits, std::int64_t rows, std::int64_t columns, std::int64_t V,
-                   Array targets, Array weight, Array gain, Array losses, Array lse, Array error,
+                   Array targets, Array weight, Array gain, Array losses, Array error,
                    std::int64_t ignore_index, bool gradient, Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
         using T = decltype(element);
@@ -14,7 +14,6 @@ void cross_entropy(int dtype, Array logits, std::int64_t rows, std::int64_t colu
         p.weight = Global<const float>(weight);
         p.gain = Global<const float>(gain);
         p.losses = Global<float>(losses);
-        p.lse = Global<float>(lse);
         p.error = Global<std::int64_t>(error);
         p.columns = static_cast<int>(columns);
         p.V = static_cast<int>(V);

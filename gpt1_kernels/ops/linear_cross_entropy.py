@@ -37,7 +37,7 @@ def _fake_fwd(h, w, targets, token_weight, ignore_index, gradients, backend):
     losses = h.new_empty([h.shape[0]], dtype=torch.float32)
     dh = h.new_empty(h.shape if gradients[0] else [0])
     dw = w.new_empty(w.shape if gradients[1] else [0], dtype=torch.float32)
-    return losses, torch.empty_like(losses), dh, dw
+    return losses, dh, dw
 
 
 def _fake_bwd(dloss, h, w, targets, token_weight, ignore_index, needs, backend):
@@ -51,7 +51,7 @@ def _fake_scale(dh, dw, scale, dtype, backend):
 _fwd = define(
     "linear_cross_entropy",
     "linear_cross_entropy_fwd(Tensor h, Tensor w, Tensor targets, Tensor? token_weight, "
-    "int ignore_index, bool[2] gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int ignore_index, bool[2] gradients, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_fwd,
 )
 _bwd = define(
@@ -73,7 +73,7 @@ class _ReducedLoss(torch.autograd.Function):
     def forward(ctx, h, w, targets, token_weight, ignore_index, mean, backend):
         # Cast here and not in sight of autograd, so that the fp32 sum of dw is rounded only once.
         product_w = matrix(w.to(h.dtype))
-        losses, _, dh, dw = _fwd(
+        losses, dh, dw = _fwd(
             _rows(h), product_w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2],
             backend,
         )  # fmt: skip

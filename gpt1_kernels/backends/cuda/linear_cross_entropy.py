@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, NARROW_DTYPES, VECTOR, launch, view
 from gpt1_kernels.backends.cuda.matmul import aligned, matmul, padded
+from gpt1_kernels.backends.ids import check_ids
 from gpt1_kernels.backends.logits import CHUNK_BYTES, fp16_gain, padded_vocabulary
 from gpt1_kernels.errors import error_record
 
@@ -32,13 +33,12 @@ def linear_cross_entropy_fwd(
     token_weight: Tensor | None,  # (N,)
     ignore_index: int,
     gradients: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if not targets.is_cuda:
         check_ids("linear_cross_entropy", targets, w.shape[0], ignore_index)
     losses = h.new_empty(h.shape[0], dtype=torch.float32)
-    lse = torch.empty_like(losses)
-    dh, dw = _by_chunks(h, w, targets, token_weight, ignore_index, gradients, losses, lse)
-    return losses, lse, dh, dw
+    dh, dw = _by_chunks(h, w, targets, token_weight, ignore_index, gradients, losses)
+    return losses, dh, dw
 
 
 def linear_cross_entropy_bwd(
@@ -54,7 +54,7 @@ def linear_cross_entropy_bwd(
     if token_weight is not None:
         weight = torch.where(token_weight == 0, 0, token_weight * dloss)
     # From the logits alone: of logits of 10⁴, exp(logit − lse) of a saved lse would have 11 bits.
-    dh, dw = _by_chunks(h, w, targets, weight, ignore_index, needs, None, None)
+    dh, dw = _by_chunks(h, w, targets, weight, ignore_index, needs, None)
     return dh, dw.to(w.dtype)
 
 
@@ -75,13 +75,12 @@ def _by_chunks(
     ignore_index: int,
     needs: list[bool],
     losses: Tensor | None,  # (N,)
-    lse: Tensor | None,  # (N,), with losses
 ) -> tuple[Tensor, Tensor]:
-    """Fills losses and lse if given, and returns dh and fp32 dw, of 0 elements if not needed."""
+    """Fills losses if given, and returns dh and fp32 dw, of 0 elements if not needed."""
     (N, C), V = h.shape, w.shape[0]
     if C % VECTOR != 0:
         wide_h, wide_w = padded(h)[:N], padded(w)[:V]
-        grads = _by_chunks(wide_h, wide_w, targets, weight, ignore_index, needs, losses, lse)
+        grads = _by_chunks(wide_h, wide_w, targets, weight, ignore_index, needs, losses)
         return tuple(
             g[:, :C].contiguous() if need else g for g, need in zip(grads, needs, strict=True)
         )
@@ -109,7 +108,7 @@ def _by_chunks(
             "cross_entropy", h, DTYPE_CODES[h.dtype],
             view(chunk_logits), *chunk_logits.shape, V, view(targets[chunk]),
             view(None if weight is None else weight[chunk]), view(gain),
-            *(view(None if x is None else x[chunk]) for x in (losses, lse)), view(error),
+            view(None if losses is None else losses[chunk]), view(error),
             ignore_index, any(needs),
         )  # fmt: skip
         if need_h:

@@ -21,20 +21,20 @@ def linear_cross_entropy_fwd(
     token_weight: Tensor | None,  # (N,)
     ignore_index: int,
     gradients: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     valid = check_ids("linear_cross_entropy", targets, w.shape[0], ignore_index)
     target, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
-    losses, lse = torch.empty_like(weight), torch.empty_like(weight)
+    losses = torch.empty_like(weight)
     dtype, (h, w) = h.dtype, _for_products(h, w)
     dh, dw = _empty_gradients(h, w, gradients)
     for rows, logits in _chunks(h, w):
         for block in _blocks(logits):
             index = slice(rows.start + block.start, rows.start + block.stop)
-            losses[index], lse[index] = _losses(
+            losses[index] = _losses(
                 logits[block], target[index, None], weight[index, None], any(gradients)
             )
         _products(logits, h, w, rows, dh, dw, gradients)
-    return nan_where_invalid(losses, valid), lse, dh.to(dtype), dw
+    return nan_where_invalid(losses, valid), dh.to(dtype), dw
 
 
 def linear_cross_entropy_bwd(
@@ -70,8 +70,8 @@ def _losses(
     target: Tensor,  # (rows, 1)
     weight: Tensor,  # (rows, 1)
     gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Weighted losses and log-sum-exps, (rows,); leaves the gradient in place of the logits."""
+) -> Tensor:
+    """Weighted losses, (rows,); leaves the gradient in place of the logits."""
     x = logits.float()
     target_logit, largest = x.gather(1, target), x.amax(1, keepdim=True)
     p = torch.softmax(x, 1, out=x)
@@ -83,7 +83,7 @@ def _losses(
     if gradient:
         torch.mul(p.scatter_(1, target, -others), weight, out=p)
         logits.copy_(p)
-    return (loss * weight).squeeze(1), (largest - log_largest_p).squeeze(1)
+    return (loss * weight).squeeze(1)
 
 
 def _products(logits, h, w, rows, dh, dw, needs) -> None:

@@ -63,7 +63,6 @@ def cross_entropy_kernel(
     weight_ptr,  # (rows,) or None
     gain_ptr,  # (), a factor of the gradient, or None
     losses_ptr,  # (rows,) or None
-    lse_ptr,  # (rows,), with losses
     error_ptr,  # (2,), [1 once there is an error, the target]
     columns,
     V,
@@ -102,7 +101,6 @@ def cross_entropy_kernel(
         loss = tl.where(behind == 0.0, _log1p(other), tl.log(total) - behind)
         loss = tl.where(used, loss * weight, tl.where(counted, float("nan"), 0.0))
         tl.store(losses_ptr + row, loss)
-        tl.store(lse_ptr + row, largest + tl.log(total))
         bad = counted & ~in_range
         first_bad = bad & (tl.load(error_ptr, mask=bad, other=1) == 0)
         tl.store(error_ptr + 1, target, mask=first_bad)
@@ -145,13 +143,12 @@ def linear_cross_entropy_fwd(
     token_weight: Tensor | None,  # (N,)
     ignore_index: int,
     gradients: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if not targets.is_cuda:
         check_ids("linear_cross_entropy", targets, w.shape[0], ignore_index)
     losses = h.new_empty(h.shape[0], dtype=torch.float32)
-    lse = torch.empty_like(losses)
-    dh, dw = _by_chunks(h, w, targets, token_weight, ignore_index, gradients, losses, lse)
-    return losses, lse, dh, dw
+    dh, dw = _by_chunks(h, w, targets, token_weight, ignore_index, gradients, losses)
+    return losses, dh, dw
 
 
 def linear_cross_entropy_bwd(
@@ -167,7 +164,7 @@ def linear_cross_entropy_bwd(
     if token_weight is not None:
         weight = torch.where(token_weight == 0, 0, token_weight * dloss)
     # From the logits alone: of logits of 10⁴, exp(logit − lse) of a saved lse would have 11 bits.
-    dh, dw = _by_chunks(h, w, targets, weight, ignore_index, needs, None, None)
+    dh, dw = _by_chunks(h, w, targets, weight, ignore_index, needs, None)
     return dh, dw.to(w.dtype)
 
 
@@ -188,9 +185,8 @@ def _by_chunks(
     ignore_index: int,
     needs: list[bool],
     losses: Tensor | None,  # (N,)
-    lse: Tensor | None,  # (N,), with losses
 ) -> tuple[Tensor, Tensor]:
-    """Fills losses and lse if given, and returns dh and fp32 dw, of 0 elements if not needed."""
+    """Fills losses if given, and returns dh and fp32 dw, of 0 elements if not needed."""
     (N, C), V = h.shape, w.shape[0]
     need_h, need_w = needs
     targets = targets.contiguous()
@@ -215,7 +211,7 @@ def _by_chunks(
         launch(
             cross_entropy_kernel, (rows,), vocabulary_tiles(V),
             logits, targets[chunk], None if weight is None else weight[chunk], gain,
-            *(None if x is None else x[chunk] for x in (losses, lse)), error,
+            None if losses is None else losses[chunk], error,
             columns, V, ignore_index, GRADIENT=any(needs),
         )  # fmt: skip
         dlogits = logits[:rows]  # 0 beyond V
