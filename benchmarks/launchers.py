@@ -84,9 +84,7 @@ def linear_cross_entropy(rows: int, dtype: torch.dtype, vocabulary: int = 1000) 
             _call("linear_cross_entropy", "fwd", h, w, targets, None, -100, needs)
             for needs in ([True] * 2, [False] * 2)
         ),
-        _call(
-            "linear_cross_entropy", "bwd", weight, h, w, targets, weight, weight, -100, [True] * 2
-        ),
+        _call("linear_cross_entropy", "bwd", weight, h, w, targets, weight, -100, [True] * 2),
         scale_gradients(h, _new(None, vocabulary, C), weight[0], dtype),
     ]
 

@@ -82,7 +82,7 @@ class _ReducedLoss(torch.autograd.Function):
         if not mean:
             scale = torch.ones_like(loss)
         elif token_weight is None:
-            scale = (targets != ignore_index).sum().clamp(min=1).float().reciprocal()
+            scale = (targets != ignore_index).sum(dtype=torch.float32).clamp(min=1).reciprocal()
         else:
             total = torch.where(targets != ignore_index, token_weight, 0).sum()
             scale = torch.where(total == 0, 1, total).reciprocal()
