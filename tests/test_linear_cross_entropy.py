@@ -252,7 +252,10 @@ def check_workspace(forward, C, rows, dtype):
     assert (dtype.itemsize * rows + 4 * C) * GPT1_VOCABULARY < workspace < 400e6
 
 
-@pytest.fixture(params=[60, 82, 84, 108, 114, 128, 132, 148, 188])
+CHIPS = [60, 82, 84, 108, 114, 128, 132, 148, 160, 188]  # processors
+
+
+@pytest.fixture(params=CHIPS)
 def processors(request):
     if (reason := extension.absence("cuda_host")) is not None:
         pytest.skip(reason)
@@ -274,27 +277,53 @@ def test_gpt1_needs_less_than_400_megabytes_on_every_chip(monkeypatch, dtype, pr
     check_workspace(cuda.linear_cross_entropy_fwd, 768, rows, dtype)
 
 
-@on_triton
-@pytest.mark.parametrize("kilobytes", [99, 227], ids="{} KB of shared memory".format)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gpt1_needs_less_than_400_megabytes_and_fills_132_processors(monkeypatch, dtype, kilobytes):
+@pytest.fixture
+def triton_chip(monkeypatch):
+    """Makes Triton's launchers, which start nothing, choose for a chip."""
     from gpt1_kernels.backends.triton import launch, matmul
     from gpt1_kernels.backends.triton import linear_cross_entropy as kernels
 
+    cached = launch.product_tiles, launch.split_terms
     for module in (kernels, matmul):
         monkeypatch.setattr(module, "launch", lambda *args, **options: None)
     monkeypatch.setattr(kernels, "check_ids", lambda *args: None)
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
-    monkeypatch.setattr(launch, "shared_memory", lambda device: kilobytes * 1024)
-    launch.product_tiles.cache_clear()
 
-    C, V, device = 768, GPT1_VOCABULARY, torch.device("meta")
-    rows = launch.chunk_rows(C, V, dtype, device)
-    check_workspace(kernels.linear_cross_entropy_fwd, C, rows, dtype)
+    def choose(count, kilobytes):
+        monkeypatch.setattr(launch, "processors", lambda device: count)
+        monkeypatch.setattr(launch, "shared_memory", lambda device: kilobytes * 1024)
+        for function in cached:
+            function.cache_clear()
+        return launch, kernels
 
+    yield choose
+    for function in cached:
+        function.cache_clear()
+
+
+shared_memory = pytest.mark.parametrize("kilobytes", [99, 227], ids="{} KB".format)
+
+
+@on_triton
+@shared_memory
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [*((count, torch.bfloat16) for count in CHIPS), (132, torch.float16)],  # fp16: a scaled dh too
+)
+def test_gpt1_needs_less_than_400_megabytes_on_every_chip_in_triton(
+    triton_chip, count, kilobytes, dtype
+):
+    launch, kernels = triton_chip(count, kilobytes)
+    rows = launch.chunk_rows(768, GPT1_VOCABULARY, dtype, torch.device("meta"))
+    check_workspace(kernels.linear_cross_entropy_fwd, 768, rows, dtype)
+
+
+@on_triton
+@shared_memory
+def test_gpt1_fills_132_processors(triton_chip, kilobytes):
+    launch, _ = triton_chip(132, kilobytes)
+    C, V, dtype, device = 768, GPT1_VOCABULARY, torch.bfloat16, torch.device("meta")
     tiles = launch.product_tiles(dtype, device)
+    rows = launch.chunk_rows(C, V, dtype, device)
     count = rows // tiles.BLOCK_M * -(-C // tiles.BLOCK_N)
     chunks = launch.cdiv(V, launch.split_terms(count, V, tiles, device))
-    for cached in (launch.product_tiles, launch.split_terms):
-        cached.cache_clear()
     assert count * chunks == 132

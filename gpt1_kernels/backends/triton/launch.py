@@ -205,6 +205,9 @@ LONG_SUM = 4096
 MOST_CHUNKS = 16
 """Into which a sum is split."""
 
+MOST_PARTS = 11_800_000
+"""Elements of the parts, 47 MB: with them, GPT-1's loss needs less than 400."""
+
 PART_STEPS = 16
 """Steps along K in whose time a part is written, and read by the kernel that adds the parts."""
 
@@ -236,7 +239,8 @@ def split_terms(tiles: int, K: int, config: ProductTiles, device: torch.device) 
         waves = cdiv(tiles * chunks, processors(device))
         return waves * (cdiv(steps, chunks) + PART_STEPS * (chunks > 1))
 
-    chunks = min(range(1, min(MOST_CHUNKS, steps) + 1), key=steps_in_turn)
+    most = min(MOST_CHUNKS, steps, MOST_PARTS // (tiles * config.BLOCK_M * config.BLOCK_N))
+    chunks = min(range(1, max(1, most) + 1), key=steps_in_turn)
     return cdiv(steps, chunks) * config.BLOCK_K
 
 

@@ -6,8 +6,8 @@ give dh and add to dW. A row of GPT-1's vocabulary does not fit one program, whi
 (the rows in flight are few enough for the second read to find them in L2) and writes it once.
 
 At GPT-1's shape (N=32768, C=768, V=40478, bf16) a chunk has 2816 rows. Its logits take 228 MB, the
-fp32 sum of dW 124 MB and the parts of a product with split sums up to 26 MB: a workspace of 379 MB,
-where all logits would take 2.7 GB.
+fp32 sum of dW 124 MB and the parts of a product with split sums at most 47 MB, as many as the chip
+has use for: a workspace below 400 MB, where all logits would take 2.7 GB.
 """
 
 from __future__ import annotations
