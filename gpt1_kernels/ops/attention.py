@@ -131,7 +131,8 @@ def causal_attention(
 
     Args:
         q: (B, Tq, H, D), fp32, bf16 or fp16.
-        k, v: (B, Tk, H, D) with Tk ≥ Tq, the dtype of q.
+        k, v: (B, Tk, H, D) with Tk ≥ Tq, the dtype of q. Finite but for padding on the left: a NaN
+            may reach queries before it, for 0 times NaN is NaN.
         scale: of the scores, by default D^−½.
         dropout_p: probability of dropping, in [0, 1].
         seed: int64 (2,) on the device; needed when dropout_p > 0.
