@@ -652,6 +652,25 @@ def test_row25_a_seed_on_another_device():
         ops.dropout_add_layer_norm(x, x, x[0], x[0], dropout_p=0.1, seed=SEED.to("meta"))
 
 
+@dtypes
+@pytest.mark.parametrize("C", [48, 81])
+@pytest.mark.parametrize("backend", backends_of("dropout_add_layer_norm"))
+def test_a_fork_has_the_gradients_of_one_result_that_is_read_twice(backend, C, dtype):
+    """Bit for bit: what backward adds is rounded as where autograd adds it."""
+    case = dropout_add_layer_norm("fork", 9, C, 0.1)
+    douts = torch.randn(2, 9, C, device=DEVICE).to(dtype)
+
+    def gradients(fork):
+        leaves = [x.requires_grad_() for x in cast(case, dtype, dtype).values()]
+        with use_backend(backend):
+            y = case.fused(**dict(zip(case.inputs, leaves, strict=True)), fork=fork)
+            read = y if fork else (y.view_as(y), y.view_as(y))
+            return torch.autograd.grad(read, leaves, list(douts))
+
+    for forked, single in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(forked, single)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("backend", backends_of("linear_cross_entropy"))
 def test_a_reduced_loss_is_the_reduction_of_the_token_losses(backend, reduction):
