@@ -92,7 +92,7 @@ struct LayerNormFwd {
     };
     static constexpr const char* kName = "layer_norm_fwd";
     static constexpr int kThreads = Layout::kThreads;
-    static constexpr int kRegisters = Layout::kElementsOfLane <= 8 ? 64 : sizeof(T) == 2 ? 96 : 128;
+    static constexpr int kRegisters = Layout::kElementsOfLane <= 8 ? 64 : sizeof(T) == 2 ? 80 : 128;
     static constexpr int kBlocksPerProcessor = 65536 / kRegisters / kThreads;
     static constexpr int kMaxSharedBytes = (3 * Layout::kColumns + 32) * 4;
 
