@@ -37,6 +37,7 @@ setup(
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",
+            "accelerate",
             "hypothesis",
             "transformers",
             "ruff==0.17.6",

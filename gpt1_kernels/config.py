@@ -12,7 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class GPT1Config:
     """Configuration of all GPT-1 models; the defaults are the paper's (Radford et al. 2018).
 

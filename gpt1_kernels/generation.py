@@ -15,7 +15,7 @@ from gpt1_kernels.cache import KeyValueCache
 class GenerationMixin:
     """`generate` for a model that takes a cache and returns logits."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,  # (B, T)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear
 
 from gpt1_kernels import ops
 from gpt1_kernels.cache import LayerCache
@@ -109,7 +109,8 @@ class GeluFFN(nn.Module):
         n_embd: C.
         n_hidden: F, by default 4C.
         c_fc, c_proj: the two projections; by default `Conv1D`, or an `nn.Linear` each, whose
-            weight is read in place.
+            weight is read in place. Any other module, and one with hooks or without c_fc's bias,
+            is called instead, with PyTorch's GELU between the two.
     """
 
     def __init__(
@@ -125,7 +126,19 @@ class GeluFFN(nn.Module):
         self.c_proj = Conv1D(n_hidden, n_embd) if c_proj is None else c_proj
 
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
-        """(..., C) → (..., C); without add_bias the output bias is left to what follows."""
+        """(..., C) → (..., C); without add_bias the output bias is left to what follows.
+
+        Raises:
+            ValueError: the output bias cannot be left out of a projection that is called.
+        """
+        if not (_is_affine(self.c_fc) and _is_affine(self.c_proj)) or self.c_fc.bias is None:
+            if not add_bias:
+                raise ValueError(
+                    f"add_bias: False, expected projections that are read in place, not "
+                    f"{type(self.c_fc).__name__} and {type(self.c_proj).__name__} with hooks or "
+                    "a forward of their own"
+                )
+            return self.c_proj(gelu(self.c_fc(x), approximate="tanh"))
         bias = self.c_proj.bias if add_bias else None
         return ops.gelu_ffn(x, _in_out(self.c_fc), self.c_fc.bias, _in_out(self.c_proj), bias)
 
@@ -190,10 +203,17 @@ class LinearCrossEntropyLoss(nn.Module):
         )  # fmt: skip
 
 
+def _is_affine(projection: nn.Module) -> bool:
+    """Whether its weight and bias say all that it does; LoRA, pruning and quantisation do more."""
+    forward = getattr(projection.forward, "__func__", None)
+    hooks = projection._forward_pre_hooks or projection._forward_hooks
+    return forward in (Conv1D.forward, nn.Linear.forward) and not hooks
+
+
 def _in_out(projection: nn.Module) -> Tensor:
     if isinstance(projection, Conv1D):
         return projection.product_weight
-    return projection.weight.t() if isinstance(projection, nn.Linear) else projection.weight
+    return projection.weight.t()
 
 
 def _seed(seed: Tensor | None, p: float, x: Tensor) -> Tensor | None:

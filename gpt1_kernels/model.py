@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce_with_logits
-from torch.nn.functional import cross_entropy, linear, mse_loss
+from torch.nn.functional import cross_entropy, embedding, linear, mse_loss
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from gpt1_kernels import ops
@@ -34,12 +35,15 @@ IGNORE_INDEX = -100
 class ModelOutput(dict):
     """What a model returns: values by attribute, by key, or by index among those not None."""
 
-    def __init__(self, **values: Any):
+    _names: tuple[str, ...] = ()  # of all, while a copy is made of none
+
+    def __init__(self, values: Mapping[str, Any] | None = None, /, **more: Any):
+        values = {**(values or {}), **more}
         super().__init__((k, v) for k, v in values.items() if v is not None)
         self._names = tuple(values)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_names", ()):
+        if name in self._names:
             return self.get(name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {self._names}")
 
@@ -49,6 +53,27 @@ class ModelOutput(dict):
     def to_tuple(self) -> tuple:
         """The values that are not None, in order."""
         return tuple(self.values())
+
+
+def _flatten(output: ModelOutput) -> tuple[list[Any], tuple]:
+    return list(output.values()), (tuple(output), output._names)
+
+
+def _flatten_with_keys(output: ModelOutput) -> tuple[list[tuple], tuple]:
+    values, context = _flatten(output)
+    return [(pytree.MappingKey(k), v) for k, v in zip(output, values, strict=True)], context
+
+
+def _unflatten(values: Iterable[Any], context: tuple) -> ModelOutput:
+    keys, names = context
+    return ModelOutput({**dict.fromkeys(names), **dict(zip(keys, values, strict=True))})
+
+
+# Where DDP(static_graph=True), torch.export and others look for tensors in an output.
+pytree.register_pytree_node(
+    ModelOutput, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="gpt1_kernels.ModelOutput",
+)  # fmt: skip
 
 
 class Block(nn.Module):
@@ -90,6 +115,9 @@ class Block(nn.Module):
 
 class GPT1Model(nn.Module, PretrainedMixin):
     """The transformer without a head.
+
+    Hooks on the embeddings, `attn` and `attn.c_proj` do not run: their weights, or parts of them,
+    are what the fused ops take.
 
     Args:
         config: the shape; weights are drawn N(0, initializer_range) from the default generator.
@@ -240,9 +268,11 @@ class GPT1Model(nn.Module, PretrainedMixin):
                 token_type_ids=token_type_ids, dropout_p=p, seed=seed, row_offset=row_offset,
             )  # fmt: skip
         h = inputs_embeds.reshape(rows, length, self.config.n_embd)
-        h = h + (w_position[:length] if position_ids is None else w_position[position_ids])
+        h = h + (
+            w_position[:length] if position_ids is None else embedding(position_ids, w_position)
+        )
         if token_type_ids is not None:
-            h = h + w_token[token_type_ids]
+            h = h + embedding(token_type_ids, w_token)
         return _dropout(h, p, seed, row_offset)
 
     def _attention_bits(
@@ -278,6 +308,9 @@ class GPT1Model(nn.Module, PretrainedMixin):
 
 class _Headed(nn.Module, PretrainedMixin):
     """What all models with a head share."""
+
+    accepts_loss_kwargs = False
+    """To the Trainer of `transformers`: the mean loss of a micro-batch knows of no others."""
 
     backbone_class: type[GPT1Model] = GPT1Model
 

@@ -114,16 +114,34 @@ class DropoutStream(nn.Module):
     The stream holds a key and a step in device memory, so that a replayed CUDA graph draws new
     bits. Neither is saved with the weights: a training loop restores them from its own state.
 
+    Under `DistributedDataParallel` all ranks have the key and the step of rank 0, and so the same
+    bits, unless each passes the number of tokens of the ranks before it as `row_offset`.
+
     Args:
         n_layer: number of transformer blocks.
     """
 
     def __init__(self, n_layer: int):
         super().__init__()
-        sites = torch.tensor([*range(3 * n_layer + 1), CLASSIFIER_SITE])
-        self.register_buffer("site_words", sites << 32, persistent=False)
-        self.register_buffer("key", torch.randint(2**63 - 1, ()), persistent=False)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.n_layer = n_layer
+        for name, shape in {"site_words": (3 * n_layer + 2,), "key": (), "step": ()}.items():
+            self.register_buffer(name, torch.empty(shape, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws a key from torch's default generator, and goes back to step 0."""
+        device = self.key.device
+        sites = torch.tensor([*range(3 * self.n_layer + 1), CLASSIFIER_SITE], device=device)
+        self.site_words.copy_(sites << 32)
+        self.key.copy_(torch.randint(2**63 - 1, (), device=device))
+        self.step.zero_()
+
+    def _apply(self, *args, **kwargs):
+        was_meta = self.key.is_meta
+        super()._apply(*args, **kwargs)
+        if was_meta and not self.key.is_meta:  # after `to_empty`; no checkpoint has the buffers
+            self.reset_parameters()
+        return self
 
     def set_key(self, key: int) -> None:
         """Sets the key, a 64-bit integer, and goes back to step 0."""
@@ -136,7 +154,16 @@ class DropoutStream(nn.Module):
         return torch.stack([self.key.expand_as(words), words], dim=1)
 
     def advance(self) -> Tensor:
-        """The seeds of the stream's own step, which is then increased (no host sync)."""
+        """The seeds of the stream's own step, which is then increased (no host sync).
+
+        Raises:
+            RuntimeError: in a backward, where a checkpointed model would draw other bits.
+        """
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "dropout_stream: a forward in a backward would draw other dropout bits; a "
+                "checkpointed model is to be given dropout_seeds=model.dropout_stream.advance()"
+            )
         seeds = self.seeds(self.step)
         self.step.add_(1)
         return seeds

@@ -74,6 +74,23 @@ def test_row21_fullgraph(case, backend):
         assert torch.equal(actual[name], value), name
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.causal_attention(x, x, x),
+        lambda x: ops.dropout_add_layer_norm(x, x, x[0, 0, 0], x[0, 0, 0]),
+        lambda x: ops.embedding(torch.arange(2, device=DEVICE).view(1, 2), x[0, 0], x[0, 0]),
+    ],
+    ids=["causal_attention", "dropout_add_layer_norm", "embedding"],
+)
+def test_row21_one_tensor_given_twice(call):
+    x, gradients = torch.randn(1, 3, 2, 16, device=DEVICE, requires_grad=True), []
+    torch._dynamo.reset()
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        gradients += torch.autograd.grad(function(x).square().sum(), x)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("model_config", [config(), with_dropout()], ids=["plain", "dropout"])
 def test_row21_the_model_compiles_without_a_break(model_config):
     model, ids = randomised(GPT1LMHeadModel(model_config)), tokens(2, T)

@@ -472,6 +472,17 @@ def test_row17_huge_mean_and_tiny_variance(op, dtype):
         check_parity(replace(case, inputs=inputs), backend, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", backends_of("layer_norm"))
+def test_row17_under_autocast_the_result_is_rounded_and_not_x(backend, dtype):
+    x, w = 1e5 + torch.randn(9, 80, device=DEVICE), torch.ones(80, device=DEVICE)
+    with use_backend(backend), torch.autocast(DEVICE, dtype):
+        y = ops.layer_norm(x, w, torch.zeros_like(w))
+    expected = reference.layer_norm(x.double(), w.double(), torch.zeros_like(w).double())
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected.to(dtype))
+
+
 @dtypes
 @pytest.mark.parametrize("backend", backends_of("layer_norm"))
 def test_row17_constant_rows(backend, dtype):

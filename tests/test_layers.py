@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from gpt1_kernels import (
     CausalSelfAttention,
@@ -120,6 +121,54 @@ def test_loss_like_cross_entropy_loss(reduction):
     loss = LinearCrossEntropyLoss(ignore_index=7, reduction=reduction)
     theirs = nn.CrossEntropyLoss(ignore_index=7, reduction=reduction)
     torch.testing.assert_close(loss(h, w, targets), theirs((h @ w.t()).mT, targets.view(2, 5)))
+
+
+class LowRank(nn.Linear):
+    """A linear layer with an adapter, as LoRA has it."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.a, self.b = nn.Parameter(torch.randn(n_in, 2)), nn.Parameter(torch.randn(2, n_out))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.a @ self.b
+
+
+def without_bias(n_in, n_out):
+    return nn.Linear(n_in, n_out, bias=False)
+
+
+def pruned(n_in, n_out):
+    return prune.l1_unstructured(nn.Linear(n_in, n_out), "weight", 0.5)
+
+
+def hooked(n_in, n_out):
+    projection = nn.Linear(n_in, n_out)
+    projection.register_forward_hook(lambda module, args, out: 2 * out)
+    return projection
+
+
+def patched(n_in, n_out):
+    projection = nn.Linear(n_in, n_out)
+    forward = projection.forward
+    projection.forward = lambda x: 2 * forward(x)
+    return projection
+
+
+@pytest.mark.parametrize("projection", [LowRank, without_bias, pruned, hooked, patched])
+def test_projections_that_do_more_than_their_weight_says_are_called(projection):
+    c_fc, c_proj = projection(WIDTH, 2 * WIDTH).to(DEVICE), projection(2 * WIDTH, WIDTH).to(DEVICE)
+    x, ffn = torch.randn(3, WIDTH, device=DEVICE), GeluFFN(WIDTH, c_fc=c_fc, c_proj=c_proj)
+    for _ in range(2):  # what a hook prepares is for one update
+        ffn(x).sum().backward()
+    actual = [p.grad / 2 for p in ffn.parameters()]
+    ffn.zero_grad()
+    expected = c_proj(functional.gelu(c_fc(x), approximate="tanh"))
+    expected.sum().backward()
+    torch.testing.assert_close(ffn(x), expected)
+    torch.testing.assert_close(actual, [p.grad for p in ffn.parameters()])
+    with pytest.raises(ValueError, match="add_bias: False, expected"):
+        ffn(x, add_bias=False)
 
 
 def test_heads_must_divide_the_width():

@@ -45,6 +45,14 @@ def test_language_model_against_the_oracle_in_fp64(model_config, row_offset):
         assert relative(gradient, parameters[name.removeprefix("transformer.")].grad) < 1e-5, name
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU asserts")
+def test_a_position_out_of_range_beside_embeddings_raises():
+    model = randomised(GPT1Model(config()))
+    embeddings = torch.zeros(1, 2, model.config.n_embd)
+    with pytest.raises(IndexError):
+        model(inputs_embeds=embeddings, position_ids=torch.tensor([0, -1]))
+
+
 def test_each_forward_in_training_draws_new_bits_and_evaluation_none():
     model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(2, T)
     losses = {model(ids, labels=ids).loss.item() for _ in range(3)}

@@ -50,6 +50,16 @@ def apply(function: type[torch.autograd.Function], *args):
     return function.apply(*args)
 
 
+def apart(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Aliases of tensors given twice: `torch.compile` refuses them in an `autograd.Function`."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    return [
+        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t
+        for i, t in enumerate(tensors)
+    ]
+
+
 def once(op: str) -> None:
     """Called first in a backward: the ops have no second derivative, and say so.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt1_kernels.backends import resolve
 from gpt1_kernels.ops._library import (
+    apart,
     autocast,
     check_activation,
     check_device,
@@ -149,7 +150,7 @@ def causal_attention(
         ValueError: shapes that do not fit, tensors on two devices, dropout arguments out of range.
     """
     op = "causal_attention"
-    q, k, v = autocast(q, k, v)
+    q, k, v = apart(*autocast(q, k, v))
     check_activation(op, "q", q)
     check_shape(op, "q", q, ("B", "Tq", "H", "D"))
     if q.shape[-1] < 1:

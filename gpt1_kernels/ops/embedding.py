@@ -12,6 +12,7 @@ from torch import Tensor
 from gpt1_kernels.backends import resolve
 from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.ops._library import (
+    apart,
     check_device,
     check_dropout,
     check_dtype,
@@ -146,7 +147,7 @@ def embedding(
     device = w_token.device.type
     autocasting = torch.is_autocast_enabled(device)
     return _Embedding.apply(
-        ids, w_token.contiguous(), w_position.contiguous(), position_ids, token_type_ids,
+        ids, *apart(w_token.contiguous(), w_position.contiguous()), position_ids, token_type_ids,
         last_contiguous(seed) if dropout_p > 0.0 else None, dropout_p, row_offset,
         torch.get_autocast_dtype(device) if autocasting else w_token.dtype,
         resolve(op, w_token, width=w_token.shape[1]),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gpt1_kernels.backends import resolve
 from gpt1_kernels.ops._library import (
+    apart,
     apply,
     autocast,
     check_activation,
@@ -160,10 +161,10 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
         TypeError: an unsupported dtype.
         ValueError: shapes that do not fit, tensors on two devices.
     """
-    (x,) = autocast(x)
     check_activation("layer_norm", "x", x)
     _check_parameters("layer_norm", x, w, b)
-    return _LayerNorm.apply(x, w, b, eps, resolve("layer_norm", x, width=x.shape[-1]))
+    y = _LayerNorm.apply(x, w, b, eps, resolve("layer_norm", x, width=x.shape[-1]))
+    return autocast(y)[0]  # not x: a mean beside small deviations is not for 16 bits
 
 
 def dropout_add_layer_norm(
@@ -182,7 +183,7 @@ def dropout_add_layer_norm(
     """LayerNorm of residual + dropout(x + x_bias): a whole residual site in one pass.
 
     Args:
-        x, residual: (..., C) of one shape and dtype: fp32, bf16 or fp16.
+        x, residual: (..., C) of one shape and dtype: fp32, bf16 or fp16; autocast rounds them.
         w, b: (C,), the dtype of x or fp32.
         dropout_p: probability of dropping, in [0, 1].
         seed: int64 (2,) on the device; needed when dropout_p > 0.
@@ -199,7 +200,7 @@ def dropout_add_layer_norm(
         ValueError: shapes that do not fit, tensors on two devices, dropout arguments out of range.
     """
     op = "dropout_add_layer_norm"
-    x, residual = autocast(x, residual)
+    x, residual = apart(*autocast(x, residual))
     check_activation(op, "x", x)
     check_dtype(op, "residual", residual, (x.dtype,))
     check_shape(op, "residual", residual, x.shape)

@@ -1,0 +1,139 @@
+"""The models inside what others have built: copies, meta tensors, export, DDP, `transformers`."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from gpt1_kernels import GPT1LMHeadModel
+from tests.cases import DEVICE
+from tests.models import V, config, randomised, tokens, with_dropout
+
+RANKS, ROWS, T = 2, 2, 8
+
+
+def through_pytree(output):
+    return pytree.tree_unflatten(*pytree.tree_flatten(output))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o)), through_pytree],
+    ids=["copy", "deepcopy", "pickle", "pytree"],
+)
+def test_an_output_can_be_copied(copied):
+    with torch.no_grad():
+        output = randomised(GPT1LMHeadModel(config()))(tokens(1, T), labels=tokens(1, T))
+    other = copied(output)
+    assert type(other) is type(output)
+    assert other.keys() == output.keys() == {"loss"}
+    assert other.loss == output.loss
+    assert other.logits is None
+    assert type(output)(dict(output)).loss is output.loss
+    with pytest.raises(AttributeError, match="ModelOutput has no 'losses'; it has"):
+        _ = other.losses
+
+
+def test_export():
+    model = randomised(GPT1LMHeadModel(config())).eval()
+    exported = torch.export.export(model, (tokens(1, T),)).module()
+    torch.testing.assert_close(exported(tokens(1, T)).logits, model(tokens(1, T)).logits)
+
+
+def test_a_model_from_the_meta_device_has_its_own_dropout():
+    model = GPT1LMHeadModel(with_dropout())
+    with torch.device("meta"):
+        empty = GPT1LMHeadModel(with_dropout())
+    empty.to_empty(device=DEVICE).load_state_dict(model.state_dict())
+    stream, expected = empty.dropout_stream, model.to(DEVICE).dropout_stream
+    assert torch.equal(stream.site_words, expected.site_words)
+    assert stream.step == 0
+    stream.set_key(int(expected.key))
+    ids = tokens(1, T)
+    assert empty.train()(ids, labels=ids).loss == model.train()(ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_model_draws_other_bits_only_after_an_error(use_reentrant):
+    model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(1, T)
+    anchor = torch.zeros((), device=DEVICE, requires_grad=True)  # reentrant checkpoints need one
+
+    def loss(anchor, seeds=None):
+        return model(ids, labels=ids, dropout_seeds=seeds).loss + anchor
+
+    with pytest.raises(RuntimeError, match="dropout_stream: a forward in a backward"):
+        checkpoint(loss, anchor, use_reentrant=use_reentrant).backward()
+    seeds, gradients = model.dropout_stream.advance(), []
+    for forward in (loss, lambda *args: checkpoint(loss, *args, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        forward(anchor, seeds).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_what_was_generated_can_be_trained_on():
+    model = randomised(GPT1LMHeadModel(config()))
+    ids = model.generate(tokens(1, T), max_new_tokens=3)
+    model(ids, labels=ids).loss.backward()
+
+
+def distributed_gradients(rank: int, init_file: str, out: str) -> None:
+    """On one of RANKS processes: the gradients of its share, averaged by DDP over the ranks."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=RANKS
+    )
+    ids = shares()[rank]
+    for static_graph in (False, True):
+        model = DistributedDataParallel(model_of_ranks().cpu(), static_graph=static_graph)
+        for _ in range(2):  # a static graph is known after the first
+            model.zero_grad()
+            seeds = model.module.dropout_stream.seeds(0)
+            output = model(ids, labels=ids, dropout_seeds=seeds, row_offset=rank * ids.numel())
+            output.loss.backward()
+        if rank == 0:
+            torch.save([p.grad for p in model.parameters()], f"{out}-{static_graph}")
+    distributed.destroy_process_group()
+
+
+def model_of_ranks():
+    torch.manual_seed(0)
+    return randomised(GPT1LMHeadModel(with_dropout()))
+
+
+def shares():
+    return tokens(RANKS * ROWS, T).cpu().chunk(RANKS)
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch is not distributed")
+def test_ddp_has_the_gradients_of_the_whole_batch(tmp_path):
+    whole, ids = model_of_ranks().cpu(), torch.cat(shares())
+    whole(ids, labels=ids, dropout_seeds=whole.dropout_stream.seeds(0)).loss.backward()
+    arguments = str(tmp_path / "init"), str(tmp_path / "gradients")
+    multiprocessing.spawn(distributed_gradients, arguments, nprocs=RANKS)
+    for static_graph in (False, True):
+        gradients = torch.load(tmp_path / f"gradients-{static_graph}")
+        for gradient, parameter in zip(gradients, whole.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_the_trainer_of_transformers(tmp_path, bf16):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    examples = [{"input_ids": row, "labels": row} for row in torch.arange(4 * T).view(4, T) % V]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        report_to=[], bf16=bf16, use_cpu=DEVICE == "cpu", disable_tqdm=True, save_steps=2,
+    )  # fmt: skip
+    model = GPT1LMHeadModel(with_dropout())
+    before = [p.clone() for p in model.parameters()]
+    trainer = transformers.Trainer(model, arguments, train_dataset=examples)
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate(examples)["eval_loss"] > 0
+    assert not any(map(torch.equal, before, [p.cpu() for p in model.parameters()]))
