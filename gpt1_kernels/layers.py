@@ -205,9 +205,9 @@ class LinearCrossEntropyLoss(nn.Module):
 
 def _is_affine(projection: nn.Module) -> bool:
     """Whether its weight and bias say all that it does; LoRA, pruning and quantisation do more."""
-    forward = getattr(projection.forward, "__func__", None)
-    hooks = projection._forward_pre_hooks or projection._forward_hooks
-    return forward in (Conv1D.forward, nn.Linear.forward) and not hooks
+    forwards = (Conv1D.forward, nn.Linear.forward)
+    replaced = "forward" in projection.__dict__ or type(projection).forward not in forwards
+    return not (replaced or projection._forward_pre_hooks or projection._forward_hooks)
 
 
 def _in_out(projection: nn.Module) -> Tensor:
