@@ -188,11 +188,13 @@ private:
                 memory.turns.wait(group, parity);
                 parity ^= 1;
             }
-            Sums sums;
-            multiply(sums, at, part.count, memory, group_m, group);
             Place place = part.place();
             place.first_m += cluster_rank() * kBlockM + group_m;
-            finish(p.epilogue, sums, memory.strips, place);
+            typename Strip::Inputs first;  // on their way during the products
+            if constexpr (kReadsAhead) first = Strip::read(p.epilogue, strip_place(place, 0));
+            Sums sums;
+            multiply(sums, at, part.count, memory, group_m, group);
+            finish(p.epilogue, sums, memory.strips, place, first);
         }
     }
 
@@ -235,34 +237,40 @@ private:
         if (lane_index() < kCluster) empty.arrive_at(stage, lane_index());
     }
 
-    /// `at` is where the warpgroup's first sum goes.
+    // A warp's strips of its warpgroup's sums. Beside the sums, there are registers for the inputs of two
+    // unless these are of fp32.
+    static constexpr int kAcross = kBlockN / Strip::kColumns, kStrips = kGroupM / 64 * kAcross;
+    static constexpr bool kReadsAhead = sizeof(typename Strip::Inputs) <= 64;
+
+    /// Of strip s; `at` is where the warpgroup's first sum goes.
+    __device__ __forceinline__ static Place strip_place(const Place& at, int s) {
+        return {at.first_m + s / kAcross * 64 + warp_index() % 4 * Strip::kRows,
+                at.first_n + s % kAcross * Strip::kColumns, at.M, at.N};
+    }
+
+    /// `at` as above; `first` are the inputs of strip 0, if they are read ahead.
     __device__ __forceinline__ static void finish(
         const typename Epilogue::Params& params, const Sums& sums, const Shared<float>& strips,
-        const Place& at) {
-        constexpr int kAcross = kBlockN / Strip::kColumns, kStrips = kGroupM / 64 * kAcross;
+        const Place& at, const typename Strip::Inputs& first) {
         const int warp = warp_index() % 4;
         const Shared<float> of_group = strips.slice((warp_index() - warp) * Strip::kSize, 4 * Strip::kSize);
         const Shared<float> strip = of_group.slice(warp * Strip::kSize, Strip::kSize);
         const RowsOfWarpgroup rows{of_group, Strip::kSize};
-        const auto place = [&](int s) {
-            return Place{at.first_m + s / kAcross * 64 + warp * Strip::kRows,
-                         at.first_n + s % kAcross * Strip::kColumns, at.M, at.N};
-        };
-        // Beside the sums, there are registers for the inputs of two strips unless these are of fp32.
-        constexpr int kAhead = sizeof(typename Strip::Inputs) <= 64 ? 1 : 0;
         typename Strip::Inputs inputs[kStrips];
-#pragma unroll
-        for (int s = 0; s < kAhead; ++s) inputs[s] = Strip::read(params, place(s));
+        if constexpr (kReadsAhead) inputs[0] = first;
 #pragma unroll
         for (int s = 0; s < kStrips; ++s) {
             const auto fragment = [&](int, int j) -> const FragmentC& {
                 return sums.values[s / kAcross][s % kAcross * (Strip::kColumns / 8) + j];
             };
-            const std::int64_t n = Strip::n(place(s));
+            const Place place = strip_place(at, s);
+            const std::int64_t n = Strip::n(place);
             Epilogue epilogue(params, n, n < at.N);
             Strip::store(strip, fragment);
-            if (s + kAhead < kStrips) inputs[s + kAhead] = Strip::read(params, place(s + kAhead));
-            Strip::apply(epilogue, strip, place(s), inputs[s]);
+            if (const int next = s + kReadsAhead; next < kStrips) {
+                inputs[next] = Strip::read(params, strip_place(at, next));
+            }
+            Strip::apply(epilogue, strip, place, inputs[s]);
             epilogue.finish(at.first_m + s / kAcross * 64, at.M, rows);
         }
     }
