@@ -461,6 +461,31 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(settings, w
         finetune.main(settings(out=whole, train_examples=90))
 
 
+def test_a_run_forked_past_its_best_epoch_keeps_the_best_of_its_own(
+    settings, tmp_path, monkeypatch
+):
+    """The best epoch's model stays with the run that was forked."""
+    evaluate, worse = finetune.scores.evaluate, iter((0.9, 0.8))
+
+    def ever_worse(task, examples, predictions):
+        found = evaluate(task, examples, predictions)
+        return {name: next(worse, score) for name, score in found.items()}
+
+    config = settings(epochs=2, keep=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.scores, "evaluate", ever_worse)
+        finetune.main(config)
+    assert run.read_result(config.out)["best epoch"] == 1
+    first, last = (config.out / "checkpoints" / f"step-{step:08d}" for step in (6, 12))
+    fork = replace(config, resume=str(first), out=tmp_path / "fork")
+    finetune.main(fork)
+    assert run.read_result(fork.out)["best epoch"] == 2
+    name = "model.safetensors"
+    assert (fork.out / "model" / name).read_bytes() == (last / name).read_bytes()
+    with pytest.raises(ValueError, match=r"--resume: .*00012 has all 12 updates, expected an earl"):
+        finetune.main(replace(config, resume=str(last), out=tmp_path / "nothing left"))
+
+
 def test_several_seeds_are_run_and_summarised(settings, capsys):
     config = settings(seeds=3, seed=5, epochs=1)
     finetune.main(config)
