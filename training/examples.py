@@ -208,8 +208,9 @@ def _example(
     answers, names = _answers(where, row, form, task)
     if not labelled and form.label not in row:
         return Example(texts, answers)
-    raw = str(_cell(where, row, form.label)).strip()
-    if raw in form.unlabelled:
+    value = _cell(where, row, form.label)
+    raw = "" if value is None else str(value).strip()
+    if raw in form.unlabelled or (not raw and not labelled):
         return None if labelled else Example(texts, answers)
     if task.regression:
         return Example(texts, answers, _score(where, form.label, raw, task.score_range))

@@ -279,6 +279,6 @@ def custom_task(custom: Custom) -> Task:
     elif not labels and custom.kind != "similarity":
         rows = (row for _, row in readers.by_suffix(custom.train) if isinstance(row, Mapping))
         found = (row.get(custom.label) for row in rows)
-        labels = tuple(sorted({str(label).strip() for label in found if label is not None}))
+        labels = tuple(sorted({str(x).strip() for x in found if x is not None} - {""}))
     scores = ("accuracy",) if labels else ("pearson", "spearman")
     return Task(custom.kind, labels, scores, (form,), submission="predictions.tsv")

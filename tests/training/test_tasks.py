@@ -297,7 +297,8 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
     [
         ("sst2", "train.tsv", "a\t1\nb 0\n", r"train.tsv:2: 1 cells, expected the 2 of sentence"),
         ("sst2", "train.tsv", "a\t1\nb\t0\tc\n", r"train.tsv:2: 3 cells, expected the 2"),
-        ("sst2", "train.tsv", "a\t1\n\n", r"train.tsv:2: 1 cells"),
+        ("sst2", "train.tsv", "a\t1\n\nb\n", r"train.tsv:3: 1 cells"),
+        ("sst2", "train.tsv", "a\t1\nb\t\n", r"train.tsv:2: label is '', expected one of 0, 1"),
         ("sst2", "train.tsv", "a\t1\nb\t2\n", r"train.tsv:2: label is '2', expected one of 0, 1"),
         ("sst2", "train.tsv", "a\t1\n \t0\n", r"train.tsv:2: sentence is empty"),
         ("sst2", "train.tsv", "a\t1\nb\u00f6\t0\n".encode("latin-1"), r"train.tsv: not UTF-8"),
@@ -541,6 +542,40 @@ def test_a_custom_task_needs_no_code(tmp_path, custom, labels, expected):
     assert task.labels == labels
     assert [(e.texts, e.answers, e.label) for e in data.train] == expected
     assert data.validation == data.train
+
+
+@pytest.mark.parametrize(
+    ("suffix", "row", "bad", "unlabelled"),
+    [
+        (".tsv", "{}\t{}\n", "odd\t\n", ("fine\t\n", "fine\t \n")),
+        (".csv", "{},{}\n", "odd,\n", ("fine,\n", 'fine,""\n')),
+        (
+            ".jsonl", '{{"text": "{}", "label": "{}"}}\n', '{"text": "odd", "label": null}\n',
+            ('{"text": "fine", "label": null}\n', '{"text": "fine", "label": ""}\n'),
+        ),
+    ],
+)  # fmt: skip
+def test_a_custom_label_that_is_blank_is_none_and_a_blank_line_is_no_row(
+    tmp_path, suffix, row, bad, unlabelled
+):
+    header = "" if suffix == ".jsonl" else row.format("text", "label")
+    good = row.format("good", "pos") + row.format("poor", "neg")
+    files = {"train": good + bad, "validation": good, "test": "".join(unlabelled) + good}
+    written(tmp_path, {f"{name}{suffix}": f"{header}{x}\n" for name, x in files.items()})
+    task = custom_task(Custom(**{name: tmp_path / f"{name}{suffix}" for name in files}))
+    assert task.labels == ("neg", "pos")
+    with pytest.raises(ValueError, match=r"train.*: label is '', expected one of neg, pos"):
+        load(task, Path())
+    data = load(task, Path(), skip_bad_rows=True)
+    assert [e.label for e in data.train] == [1, 0]
+    assert [e.label for e in data.test] == [None, None, 1, 0]
+    assert [note.split(": ")[0] for note in data.notes] == ["skipped"]
+
+
+def test_a_cell_of_a_csv_file_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text(f"text,label\n{'long ' * 40_000},x\n")
+    custom = Custom(train=tmp_path / "a.csv", validation=tmp_path / "a.csv")
+    assert len(load(custom_task(custom), Path()).train[0].texts[0]) == 200_000
 
 
 @pytest.mark.parametrize(
