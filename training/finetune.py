@@ -27,7 +27,7 @@ from training.checkpoint import CheckpointWriter
 from training.examples import Task, TaskData, chosen, load
 from training.finetune_config import CUSTOM, FinetuneConfig, complete
 from training.inputs import N_SPECIALS, Encoded, encode
-from training.lstm import backbone_at, backbone_of
+from training.lstm import backbone_at, backbone_of, model_folder
 from training.optim import make_optimizer, warmup_linear
 from training.plots import plot_predictions
 from training.step import SkippedUpdates, apply_losses, autocast, weights_in
@@ -274,7 +274,7 @@ def prepare(config: FinetuneConfig) -> Setup:
     digest = hashlib.sha256(repr((task.kind, task.labels)).encode())
     pretrained = None
     if config.model is not None:
-        model = config.model / "model" if (config.model / "model").is_dir() else config.model
+        model = model_folder(config.model)
         tokenizer = Tokenizer.open(model)
         pretrained = backbone_at(model).bare.from_pretrained(model)
         shape = pretrained.config

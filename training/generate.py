@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from gpt1_kernels import GPT1LMHeadModel
-from training.lstm import backbone_at
+from training.lstm import backbone_at, model_folder
 from training.sample import sample
 from training.tokenizer import Tokenizer
 
@@ -67,8 +67,7 @@ def open_model(folder: Path) -> tuple[GPT1LMHeadModel, Tokenizer]:
         FileNotFoundError: there is no model, or no tokenizer with it.
         ValueError: a file is damaged.
     """
-    if (folder / "model").is_dir():
-        folder = folder / "model"
+    folder = model_folder(folder)
     model = backbone_at(folder).language_model.from_pretrained(folder)
     return model, Tokenizer.open(folder)
 
