@@ -99,13 +99,8 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
     checkpoint_every = config.checkpoint_every or epoch
 
     identity = run.identity(config, inputs=setup.digest, vocabulary=tokenizer.fingerprint)
-    forked = checkpoint is not None and checkpoint.folder.parent.parent != out
     if checkpoint is not None:
         run.require_same(checkpoint, identity)
-        if forked and start == total:
-            raise ValueError(
-                f"--resume: {checkpoint.folder} has all {total} updates, expected an earlier one"
-            )
         if start == total and (result := run.read_result(out)):
             print(f"finished already, at step {start} of {total}")
             print_result(result)
@@ -120,10 +115,10 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
     if checkpoint is not None:
         checkpoint.restore(model, optimizer)
         skipped = SkippedUpdates(config.device, checkpoint.state["skipped"])
-        if not forked:  # else the best epoch's model is in the folder of the other run
+        if checkpoint.folder.parent.parent == out:  # else that epoch's model is elsewhere
             best_epoch, best_score = checkpoint.state["best"]
         print(f"resumed from step {start} ({checkpoint.folder})")
-    if not forked:
+    if checkpoint is None or checkpoint.folder.parent.parent == out:
         run.cut_logs(out, {} if checkpoint is None else checkpoint.state["log_sizes"])
     print(
         f"{config.task}: {len(setup.train):,} examples to train on, {len(setup.validation):,} to "
