@@ -85,7 +85,7 @@ def race_passage(file: Path) -> Iterator[Row]:
     for number, (question, options, answer) in enumerate(zip(*lists, strict=True)):
         yield f"{file}: question {number}", {
             "article": passage.get("article"), "question": question, "options": options,
-            "answer": answer, "id": file.name,
+            "answer": answer, "id": passage.get("id", file.name),  # names are not unique, ids are
         }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def dprd_groups(file: Path) -> Iterator[Row]:
     Raises:
         ValueError: a file that is not UTF-8.
     """
-    lines = [line.strip() for line in _lines(file)]
+    lines = [line.strip() for line in "\n".join(_lines(file)).rstrip().split("\n")]
     for first in range(0, len(lines), 5):
         where = f"{file}:{first + 1}"
         sentence, pronoun, candidates, answer, blank = (lines[first : first + 5] + [""] * 5)[:5]

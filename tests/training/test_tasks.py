@@ -187,7 +187,7 @@ FORMS = {
     "race": (
         "race",
         {
-            f"{split}/{level}/1.txt": json.dumps(PASSAGE)
+            f"{split}/{level}/1.txt": json.dumps({**PASSAGE, "id": f"{level}1.txt"})
             for split in ("train", "dev", "test") for level in ("middle", "high")
         },
         {"train": QUESTIONS * 2, "test": QUESTIONS * 2},
@@ -287,7 +287,8 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
     mnli = load(TASKS["mnli"], written(tmp_path / "mnli", FORMS["mnli-glue"][1]))
     assert [(e.subset, e.id) for e in mnli.test] == [("m", 0), ("mm", 0)]
     race = load(TASKS["race"], written(tmp_path / "race", FORMS["race"][1]))
-    assert [(e.subset, e.id) for e in race.test] == [("m", "1.txt")] * 2 + [("h", "1.txt")] * 2
+    ids = [("m", "middle1.txt")] * 2 + [("h", "high1.txt")] * 2
+    assert [(e.subset, e.id) for e in race.test] == ids
     cloze = load(TASKS["storycloze"], written(tmp_path / "cloze", FORMS["storycloze"][1]))
     assert [e.id for e in cloze.test] == ["b-7"]
 
@@ -506,6 +507,10 @@ CUSTOM_FILES = {
         {"q": {"stem": "Is?"}, "options": ["x", "y", "z"], "right": "C"},
         {"q": {"stem": "Was?"}, "options": ["x", "y"], "right": "A"},
     ),
+    "e.jsonl": jsonl(
+        {"q": "Is?", "a1": "x", "a2": "y", "a3": "z", "meta": {"right": "C"}},
+        {"q": "Was?", "a1": "x", "a2": "y", "a3": None, "meta": {"right": "A"}},
+    ),
     "d.tsv": "q\ta1\ta2\ta3\tright\nIs?\tx\ty\tz\t2\nWas?\tx\ty\t\t0\n",
 }
 
@@ -514,7 +519,8 @@ CUSTOM_FILES = {
     ("custom", "labels", "expected"),
     [
         (
-            {"train": "a.csv", "texts": ("review",), "label": "stars"}, ("neg", "pos"),
+            {"train": "a.csv", "texts": ("review",), "label": "stars", "answers": ()},
+            ("neg", "pos"),
             [(('good, "very"',), (), 1), (("bad",), (), 0), (("awful",), (), 0)],
         ),
         (
@@ -531,17 +537,29 @@ CUSTOM_FILES = {
              "label": "right", "labels": ("0", "1", "2")},
             ("0", "1", "2"), [(("Is?",), ("x", "y", "z"), 2), (("Was?",), ("x", "y"), 0)],
         ),
+        (
+            {"kind": "choice", "train": "e.jsonl", "texts": ("q",), "answers": ("a1", "a2", "a3"),
+             "label": "meta.right"},
+            LETTERS, [(("Is?",), ("x", "y", "z"), 2), (("Was?",), ("x", "y"), 0)],
+        ),
+        (
+            {"train": "e.jsonl", "texts": ("q",), "label": "meta.right"}, ("A", "C"),
+            [(("Is?",), (), 1), (("Was?",), (), 0)],
+        ),
     ],
-    ids=["classification-csv", "similarity-tsv", "choice-jsonl", "choice-tsv"],
+    ids=[
+        "classification-csv", "similarity-tsv", "choice-jsonl", "choice-tsv", "choice-null",
+        "classification-dotted",
+    ],
 )  # fmt: skip
 def test_a_custom_task_needs_no_code(tmp_path, custom, labels, expected):
     written(tmp_path, CUSTOM_FILES)
     file = tmp_path / custom["train"]
-    task = custom_task(Custom(**{**custom, "train": file, "validation": file}))
+    task = custom_task(Custom(**{**custom, "train": file, "validation": file, "test": file}))
     data = load(task, Path())
     assert task.labels == labels
     assert [(e.texts, e.answers, e.label) for e in data.train] == expected
-    assert data.validation == data.train
+    assert data.train == data.validation == data.test
 
 
 @pytest.mark.parametrize(

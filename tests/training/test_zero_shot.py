@@ -111,8 +111,9 @@ Ann
 """
 
 
-def test_pronouns_are_found_as_words(tmp_path):
-    (tmp_path / "dprd.txt").write_text(DPRD)
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_pronouns_are_found_as_words(tmp_path, end):
+    (tmp_path / "dprd.txt").write_text(DPRD + end)
     assert zero_shot.read_dprd(tmp_path / "dprd.txt") == [
         Example(
             ("The bee sat on", "and a fit bee because it had pollen."), ("The bee", "a Fit Bee"), 1
