@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class Setup:
     """Of the pre-trained model, or of the preset."""
     pretrained: GPT1Model | None
     digest: str
-    """Of the pre-trained weights, the task and its examples."""
+    """Of the pre-trained weights, the task and its examples, but for those to test on."""
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
@@ -295,7 +296,7 @@ def prepare(config: FinetuneConfig) -> Setup:
             encode(example, task.kind, tokenizer, shape.n_positions, config.truncation)
             for example in rows
         ])  # fmt: skip
-    for encoded in splits[0]:
+    for encoded in chain(*splits[:2]):  # validation chooses the best epoch
         digest.update(repr(encoded.label).encode())
         for sequence in encoded.sequences:
             digest.update(sequence.tobytes())
