@@ -19,6 +19,7 @@ from tyro.conf import Suppress
 from training import finetune_config, run
 from training.comparison import Comparison, ablations_table, compare, transfer_table
 from training.config import require
+from training.examples import form_of
 from training.finetune import finetune_seeds, prepare, seeds_of
 from training.finetune_config import FinetuneConfig
 from training.lstm import BACKBONES, backbone_at, model_folder
@@ -89,9 +90,9 @@ def complete(config: AblationsConfig) -> AblationsConfig:
     """Fills what was not given.
 
     Raises:
-        ValueError: a value out of range, an unknown name, a model on the wrong backbone, or a GPU
-            asked for and absent.
-        FileNotFoundError: there is no folder for a task, or no model.
+        ValueError: a value out of range, an unknown name, a model on the wrong backbone, a GPU
+            asked for and absent, or a task that Hugging Face does not have.
+        FileNotFoundError: there are no files of a task, or no model.
     """
     config = finetune_config.complete(config)
     require(config, ("tasks",), lambda x: x and TASKS.keys() >= {*x}, f"some of {', '.join(TASKS)}")
@@ -108,9 +109,7 @@ def complete(config: AblationsConfig) -> AblationsConfig:
         "a run of pretrain.py --backbone lstm",
     )  # fmt: skip
     for task in config.tasks:
-        folder = recipe(config, task).data_dir
-        if folder is not None and not folder.is_dir():
-            raise FileNotFoundError(f"--data-dir: {folder} is no folder")
+        form_of(TASKS[task], recipe(config, task).data_dir)
     return config
 
 

@@ -125,7 +125,7 @@ def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> Tas
         ImportError: folder is None and `datasets` is absent.
         ValueError: a row or a file that cannot be used; names the file and the line.
     """
-    form = _form(task, folder)
+    form = form_of(task, folder)
     notes: list[str] = []
     splits = {
         split: list(_examples(task, form, folder, split, notes if skip_bad_rows else None))
@@ -149,7 +149,13 @@ def chosen(examples: Sequence[T], most: int) -> list[T]:
     return [examples[i] for i in sorted(kept)]
 
 
-def _form(task: Task, folder: Path | None) -> Form:
+def form_of(task: Task, folder: Path | None) -> Form:
+    """The form of a task's files, with those that are there; None is Hugging Face's.
+
+    Raises:
+        FileNotFoundError: the folder has no training file in a form known.
+        ValueError: folder is None and Hugging Face does not have the task.
+    """
     if folder is None:
         if task.hub is None:
             raise ValueError("--data-dir: not given, and this task is not on Hugging Face")

@@ -221,6 +221,9 @@ TASKS: dict[str, Task] = {
                 answers="question.choices", id="id",
             ),
         ),
+        hub=_hub(
+            "allenai/openbookqa:main", ("question_stem",), "answerKey", answers="choices", id="id"
+        ),
     ),
 }  # fmt: skip
 

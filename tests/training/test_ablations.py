@@ -378,6 +378,7 @@ def test_the_command_takes_the_options_of_finetune():
         ({"variants": ("full", "lstm"), "lstm": None}, "--lstm: None, expected a run of pretrain"),
         ({"variants": ("full",), "transfer": True}, "--variants: .* expected none with --transfer"),
         ({"tasks": ("sst2", "rte")}, "--data-dir: .*rte is no folder"),
+        ({"tasks": ("sst2", "storycloze"), "data_dir": None}, "--data-dir: .* not on Hugging Face"),
         ({"epochs": 0}, "--epochs: 0, expected at least 1"),
     ],
 )  # fmt: skip
