@@ -100,7 +100,7 @@ def complete(config: AblationsConfig) -> AblationsConfig:
             "a run of pretrain.py --backbone transformer")  # fmt: skip
     require(config, ("seeds",), lambda x: x >= 2, "at least 2, for an interval")
     require(config, ("variants",), lambda x: not (x and config.transfer), "none with --transfer")
-    if config.variants is None:
+    if not config.variants:
         possible = get_args(Variant)[: 3 if config.lstm is None else 4]
         config = replace(config, variants=() if config.transfer else possible)
     require(

@@ -214,7 +214,7 @@ def _table(
 def _json_object(where: str, text: str) -> Mapping[str, Any] | RowError:
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return RowError(f"{where}: not JSON, {error}")
     if not isinstance(row, dict):
         return RowError(f"{where}: {type(row).__name__}, expected a JSON object")

@@ -392,6 +392,7 @@ def test_what_is_wrong_is_named_before_anything_runs(settings, folder, tmp_path,
 @pytest.mark.parametrize(
     ("lstm", "expected"), [(False, VARIANTS[:3]), (True, VARIANTS)], ids=["without", "with"]
 )
-def test_by_default_all_variants_are_run_that_can_be(settings, folder, lstm, expected):
+@pytest.mark.parametrize("variants", [None, ()], ids=["not-given", "none"])
+def test_by_default_all_variants_are_run_that_can_be(settings, folder, lstm, variants, expected):
     given = folder / "lstm" if lstm else None
-    assert ablations.complete(settings(lstm=given)).variants == expected
+    assert ablations.complete(settings(lstm=given, variants=variants)).variants == expected

@@ -322,6 +322,7 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
         ("stsb", "sts-train.csv", "g\tf\ty\t1\tnan\ta\tb\n", r"sts-train.csv:1: score is 'nan'"),
         ("stsb", "sts-train.csv", "g\tf\ty\t1\t3\ta\n", r"train.csv:1: 6 cells, expected the 7"),
         ("snli", "snli_1.0_train.jsonl", '{"gold_label"\n', r"train.jsonl:1: not JSON"),
+        ("snli", "snli_1.0_train.jsonl", "[" * 100_000, r"train.jsonl:1: not JSON, maximum rec"),
         ("snli", "snli_1.0_train.jsonl", "[1]\n", r"train.jsonl:1: list, expected a JSON object"),
         ("snli", "snli_1.0_train.jsonl", jsonl(nli(gold_label="neutral", sentence2=None)),
          r"train.jsonl:1: sentence2 is empty or not a text"),
