@@ -19,8 +19,10 @@ from tyro.conf import Suppress
 from training import finetune_config, run
 from training.comparison import Comparison, ablations_table, compare, transfer_table
 from training.config import require
+from training.examples import form_of
 from training.finetune import finetune_seeds, prepare, seeds_of
 from training.finetune_config import FinetuneConfig
+from training.lstm import BACKBONES, backbone_at, model_folder
 from training.plots import plot_ablations, plot_transfer
 from training.tasks import TASKS, Custom
 
@@ -88,24 +90,32 @@ def complete(config: AblationsConfig) -> AblationsConfig:
     """Fills what was not given.
 
     Raises:
-        ValueError: a value out of range, an unknown name, or a GPU asked for and absent.
-        FileNotFoundError: there is no folder for a task.
+        ValueError: a value out of range, an unknown name, a model on the wrong backbone, a GPU
+            asked for and absent, or a task that Hugging Face does not have.
+        FileNotFoundError: there are no files of a task, or no model.
     """
     config = finetune_config.complete(config)
     require(config, ("tasks",), lambda x: x and TASKS.keys() >= {*x}, f"some of {', '.join(TASKS)}")
-    require(config, ("model",), lambda x: x is not None, "a run of pretrain.py")
+    require(config, ("model",), lambda x: x is not None and stands_on(x, "transformer"),
+            "a run of pretrain.py --backbone transformer")  # fmt: skip
     require(config, ("seeds",), lambda x: x >= 2, "at least 2, for an interval")
     require(config, ("variants",), lambda x: not (x and config.transfer), "none with --transfer")
-    if config.variants is None:
+    if not config.variants:
         possible = get_args(Variant)[: 3 if config.lstm is None else 4]
         config = replace(config, variants=() if config.transfer else possible)
-    require(config, ("lstm",), lambda x: x is not None or "lstm" not in config.variants,
-            "a run of pretrain.py --backbone lstm")  # fmt: skip
+    require(
+        config, ("lstm",),
+        lambda x: "lstm" not in config.variants if x is None else stands_on(x, "lstm"),
+        "a run of pretrain.py --backbone lstm",
+    )  # fmt: skip
     for task in config.tasks:
-        folder = recipe(config, task).data_dir
-        if folder is not None and not folder.is_dir():
-            raise FileNotFoundError(f"--data-dir: {folder} is no folder")
+        form_of(TASKS[task], recipe(config, task).data_dir)
     return config
+
+
+def stands_on(model: Path, backbone: str) -> bool:
+    """Whether a model, or that of a run, has this backbone of `lstm.BACKBONES`."""
+    return backbone_at(model_folder(model)) is BACKBONES[backbone]
 
 
 def recipe(config: AblationsConfig, task: str, **changes: Any) -> FinetuneConfig:

@@ -125,7 +125,7 @@ def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> Tas
         ImportError: folder is None and `datasets` is absent.
         ValueError: a row or a file that cannot be used; names the file and the line.
     """
-    form = _form(task, folder)
+    form = form_of(task, folder)
     notes: list[str] = []
     splits = {
         split: list(_examples(task, form, folder, split, notes if skip_bad_rows else None))
@@ -149,7 +149,13 @@ def chosen(examples: Sequence[T], most: int) -> list[T]:
     return [examples[i] for i in sorted(kept)]
 
 
-def _form(task: Task, folder: Path | None) -> Form:
+def form_of(task: Task, folder: Path | None) -> Form:
+    """The form of a task's files, with those that are there; None is Hugging Face's.
+
+    Raises:
+        FileNotFoundError: the folder has no training file in a form known.
+        ValueError: folder is None and Hugging Face does not have the task.
+    """
     if folder is None:
         if task.hub is None:
             raise ValueError("--data-dir: not given, and this task is not on Hugging Face")
@@ -189,7 +195,7 @@ def _examples(
                     raise row
                 example = _example(task, form, where, row, labelled=split != "test")
                 if example is not None:
-                    row_id = _cell(where, row, form.id) if form.id else number
+                    row_id = cell(where, row, form.id) if form.id else number
                     yield replace(example, subset=subset, id=row_id)
             except RowError as error:
                 if skipped is None:
@@ -206,10 +212,13 @@ def _example(
         for column in form.texts
     )
     answers, names = _answers(where, row, form, task)
-    if not labelled and form.label not in row:
-        return Example(texts, answers)
-    raw = str(_cell(where, row, form.label)).strip()
-    if raw in form.unlabelled:
+    try:
+        raw = written(cell(where, row, form.label))
+    except RowError:
+        if labelled:
+            raise
+        raw = ""
+    if raw in form.unlabelled or (not raw and not labelled):
         return None if labelled else Example(texts, answers)
     if task.regression:
         return Example(texts, answers, _score(where, form.label, raw, task.score_range))
@@ -228,12 +237,12 @@ def _answers(
     if task.kind != "choice":
         return (), task.labels
     if isinstance(form.answers, tuple):  # cells after the last answer are empty
-        cells = [str(_cell(where, row, column)).strip() for column in form.answers]
+        cells = [written(cell(where, row, column)) for column in form.answers]
         while cells and not cells[-1]:
             cells.pop()
         answers, names = cells, task.labels
     else:
-        answers, names = _cell(where, row, form.answers), task.labels
+        answers, names = cell(where, row, form.answers), task.labels
         if isinstance(answers, dict):  # lists of texts and labels, as Hugging Face has them
             answers, names = answers.get("text"), answers.get("label")
         elif isinstance(answers, list) and all(isinstance(x, dict) for x in answers):
@@ -249,7 +258,7 @@ def _answers(
 
 
 def _text(where: str, row: Mapping[str, Any], column: str) -> str:
-    return _checked(where, column, _cell(where, row, column))
+    return _checked(where, column, cell(where, row, column))
 
 
 def _checked(where: str, name: str, text: Any) -> str:
@@ -260,13 +269,19 @@ def _checked(where: str, name: str, text: Any) -> str:
     return text
 
 
-def _cell(where: str, row: Mapping[str, Any], column: str) -> Any:
+def cell(where: str, row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, into which a dot may lead; a RowError where there is none."""
     value: Any = row
     for name in [column] if column in row else column.split("."):
         if not isinstance(value, Mapping) or name not in value:
             raise RowError(f"{where}: no column {column!r}, it has {', '.join(map(str, row))}")
         value = value[name]
     return value
+
+
+def written(value: Any) -> str:
+    """A label or an answer as text, which is empty where a file has nothing or null."""
+    return "" if value is None else str(value).strip()
 
 
 def _score(where: str, column: str, raw: str, score_range: tuple[float, float]) -> float:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from training.checkpoint import CheckpointWriter
 from training.examples import Task, TaskData, chosen, load
 from training.finetune_config import CUSTOM, FinetuneConfig, complete
 from training.inputs import N_SPECIALS, Encoded, encode
-from training.lstm import backbone_at, backbone_of
+from training.lstm import backbone_at, backbone_of, model_folder
 from training.optim import make_optimizer, warmup_linear
 from training.plots import plot_predictions
 from training.step import SkippedUpdates, apply_losses, autocast, weights_in
@@ -49,7 +50,7 @@ class Setup:
     """Of the pre-trained model, or of the preset."""
     pretrained: GPT1Model | None
     digest: str
-    """Of the pre-trained weights, the task and its examples."""
+    """Of the pre-trained weights, the task and its examples, but for those to test on."""
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
@@ -115,7 +116,8 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
     if checkpoint is not None:
         checkpoint.restore(model, optimizer)
         skipped = SkippedUpdates(config.device, checkpoint.state["skipped"])
-        best_epoch, best_score = checkpoint.state["best"]
+        if checkpoint.folder.parent.parent == out:  # else that epoch's model is elsewhere
+            best_epoch, best_score = checkpoint.state["best"]
         print(f"resumed from step {start} ({checkpoint.folder})")
     if checkpoint is None or checkpoint.folder.parent.parent == out:
         run.cut_logs(out, {} if checkpoint is None else checkpoint.state["log_sizes"])
@@ -268,7 +270,7 @@ def prepare(config: FinetuneConfig) -> Setup:
     digest = hashlib.sha256(repr((task.kind, task.labels)).encode())
     pretrained = None
     if config.model is not None:
-        model = config.model / "model" if (config.model / "model").is_dir() else config.model
+        model = model_folder(config.model)
         tokenizer = Tokenizer.open(model)
         pretrained = backbone_at(model).bare.from_pretrained(model)
         shape = pretrained.config
@@ -294,7 +296,7 @@ def prepare(config: FinetuneConfig) -> Setup:
             encode(example, task.kind, tokenizer, shape.n_positions, config.truncation)
             for example in rows
         ])  # fmt: skip
-    for encoded in splits[0]:
+    for encoded in chain(*splits[:2]):  # validation chooses the best epoch
         digest.update(repr(encoded.label).encode())
         for sequence in encoded.sequences:
             digest.update(sequence.tobytes())

@@ -126,6 +126,8 @@ def complete(config: FinetuneConfig) -> FinetuneConfig:
             "at least -1, with --model")  # fmt: skip
     require(config, ("tokenizer",), lambda x: x is None or config.model is None,
             "none beside --model, which has its own")  # fmt: skip
+    require(config, ("resume",), lambda x: x in ("auto", "never") or config.seeds == 1,
+            "auto or never with several --seeds")  # fmt: skip
     require(config, ("data_dir",), lambda x: x is None or config.task != CUSTOM,
             "none for --task custom, which has --custom.train")  # fmt: skip
     require_backend(config, device)

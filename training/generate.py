@@ -14,7 +14,8 @@ import torch
 import tyro
 
 from gpt1_kernels import GPT1LMHeadModel
-from training.lstm import backbone_at
+from training.config import require
+from training.lstm import backbone_at, model_folder
 from training.sample import sample
 from training.tokenizer import Tokenizer
 
@@ -56,8 +57,19 @@ def main(config: GenerateConfig) -> None:
     }
     if config.prompt is not None and not config.prompt.strip():
         raise ValueError(f"--prompt: {config.prompt!r}, expected some text")
+    require(config, ("tokens",), lambda x: x >= 1, "at least 1")
     for prompt in typed_lines() if config.prompt is None else [config.prompt]:
-        print(sample(model, tokenizer, prompt, config.tokens, **options), flush=True)
+        length, limit = len(tokenizer.encode(prompt)), model.config.n_positions
+        if length + config.tokens <= limit:
+            print(sample(model, tokenizer, prompt, config.tokens, **options), flush=True)
+            continue
+        message = (
+            f"--tokens: a prompt of {length} tokens and {config.tokens} new ones, expected at most "
+            f"the model's {limit} positions together"
+        )
+        if config.prompt is not None:
+            raise ValueError(message)
+        print(f"error: {message}", file=sys.stderr, flush=True)  # the next line may be shorter
 
 
 def open_model(folder: Path) -> tuple[GPT1LMHeadModel, Tokenizer]:
@@ -67,8 +79,7 @@ def open_model(folder: Path) -> tuple[GPT1LMHeadModel, Tokenizer]:
         FileNotFoundError: there is no model, or no tokenizer with it.
         ValueError: a file is damaged.
     """
-    if (folder / "model").is_dir():
-        folder = folder / "model"
+    folder = model_folder(folder)
     model = backbone_at(folder).language_model.from_pretrained(folder)
     return model, Tokenizer.open(folder)
 

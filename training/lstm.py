@@ -113,6 +113,11 @@ def backbone_at(folder: Path) -> Backbone:
     return backbone_of(read_config(folder))
 
 
+def model_folder(path: Path) -> Path:
+    """The model of a run, or the path itself, which then is a model's."""
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def shape(backbone: str, preset: str) -> GPT1Config:
     """A preset's shape; for the LSTM one layer, of 2048 units at width 768 and fewer below."""
     config = GPT1Config.preset(preset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from training.readers import RowError, json_lines
 
 if TYPE_CHECKING:
     from training.comparison import Comparison
@@ -25,14 +26,20 @@ def plot_runs(runs: Sequence[Path], picture: Path) -> None:
 
     Raises:
         FileNotFoundError: a folder without it.
-        ValueError: a file without a line.
+        ValueError: no runs, a file without a line, or a line that is not JSON; names it.
     """
+    if not runs:
+        raise ValueError("runs: none, expected one or more folders")
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
     for number, run in enumerate(runs):
         file, colour = run / "metrics.jsonl", f"C{number}"
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = []
+        for _, row in json_lines(file):
+            if isinstance(row, RowError):
+                raise row
+            rows.append(row)
         if not rows:
             raise ValueError(f"{file}: empty, expected the log of a run")
         name = f"{run.name}, " if len(runs) > 1 else ""

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+LONGEST_CELL = 2**31 - 1  # characters of a CSV file's; csv itself stops at 131,072
+
 
 class RowError(ValueError):
     """A row that cannot be used; the message says where it is and why."""
@@ -24,6 +26,8 @@ Row = tuple[str, Mapping[str, Any] | RowError]
 
 def tsv(file: Path, columns: Sequence[str] = (), *, more: bool = False) -> Iterator[Row]:
     """Lines of cells between tabs; a quotation mark is a character like any other.
+
+    Lines without a character in their cells are left out, as in all tables here.
 
     Args:
         columns: their names where the file has no header, which a first line is that holds one of
@@ -43,6 +47,7 @@ def csv_table(file: Path) -> Iterator[Row]:
     Raises:
         ValueError: a file that is not UTF-8, or a quotation that does not end.
     """
+    csv.field_size_limit(LONGEST_CELL)
     records = csv.reader((line + "\n" for line in _lines(file)), strict=True)
     try:
         yield from _table(file, ((records.line_num, cells) for cells in records), (), False)
@@ -51,14 +56,15 @@ def csv_table(file: Path) -> Iterator[Row]:
 
 
 def json_lines(file: Path) -> Iterator[Row]:
-    """A JSON object a line.
+    """A JSON object a line; blank lines are left out.
 
     Raises:
         ValueError: a file that is not UTF-8.
     """
     for number, line in enumerate(_lines(file), 1):
-        where = f"{file}:{number}"
-        yield where, _json_object(where, line)
+        if line.strip():
+            where = f"{file}:{number}"
+            yield where, _json_object(where, line)
 
 
 def race_passage(file: Path) -> Iterator[Row]:
@@ -79,7 +85,7 @@ def race_passage(file: Path) -> Iterator[Row]:
     for number, (question, options, answer) in enumerate(zip(*lists, strict=True)):
         yield f"{file}: question {number}", {
             "article": passage.get("article"), "question": question, "options": options,
-            "answer": answer, "id": file.name,
+            "answer": answer, "id": passage.get("id", file.name),  # names are not unique, ids are
         }  # fmt: skip
 
 
@@ -125,7 +131,7 @@ def dprd_groups(file: Path) -> Iterator[Row]:
     Raises:
         ValueError: a file that is not UTF-8.
     """
-    lines = [line.strip() for line in _lines(file)]
+    lines = [line.strip() for line in "\n".join(_lines(file)).rstrip().split("\n")]
     for first in range(0, len(lines), 5):
         where = f"{file}:{first + 1}"
         sentence, pronoun, candidates, answer, blank = (lines[first : first + 5] + [""] * 5)[:5]
@@ -189,6 +195,8 @@ def _table(
     file: Path, records: Iterable[tuple[int, list[str]]], columns: Sequence[str], more: bool
 ) -> Iterator[Row]:
     for number, cells in records:
+        if not any(cells):
+            continue
         if not columns or (number == 1 and not {*columns}.isdisjoint(cells)):
             columns, more = cells, False
             continue
@@ -206,7 +214,7 @@ def _table(
 def _json_object(where: str, text: str) -> Mapping[str, Any] | RowError:
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return RowError(f"{where}: not JSON, {error}")
     if not isinstance(row, dict):
         return RowError(f"{where}: {type(row).__name__}, expected a JSON object")

@@ -6,6 +6,7 @@ as their authors do, as GLUE does, and on Hugging Face.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from training import readers
-from training.examples import N_TEXTS, SPLITS, Form, Kind, Task
+from training.examples import N_TEXTS, SPLITS, Form, Kind, Task, cell, written
 
 BINARY = ("0", "1")
 NLI = ("entailment", "neutral", "contradiction")
@@ -220,6 +221,9 @@ TASKS: dict[str, Task] = {
                 answers="question.choices", id="id",
             ),
         ),
+        hub=_hub(
+            "allenai/openbookqa:main", ("question_stem",), "answerKey", answers="choices", id="id"
+        ),
     ),
 }  # fmt: skip
 
@@ -271,14 +275,22 @@ def custom_task(custom: Custom) -> Task:
     form = Form(
         {s: glob.escape(str(file)) for s, file in files.items() if file is not None},
         readers.by_suffix, custom.texts, custom.label,
-        answers=custom.answers if len(custom.answers) > 1 else custom.answers[0],
+        answers=custom.answers[0] if len(custom.answers) == 1 else custom.answers,
     )  # fmt: skip
     labels = custom.labels
     if not labels and custom.kind == "choice":
         labels = LETTERS
     elif not labels and custom.kind != "similarity":
-        rows = (row for _, row in readers.by_suffix(custom.train) if isinstance(row, Mapping))
-        found = (row.get(custom.label) for row in rows)
-        labels = tuple(sorted({str(label).strip() for label in found if label is not None}))
+        labels = _classes(custom.train, custom.label)
     scores = ("accuracy",) if labels else ("pearson", "spearman")
     return Task(custom.kind, labels, scores, (form,), submission="predictions.tsv")
+
+
+def _classes(file: Path, column: str) -> tuple[str, ...]:
+    """The labels that occur in a file, sorted."""
+    found = set()
+    for where, row in readers.by_suffix(file):
+        if isinstance(row, Mapping):
+            with contextlib.suppress(readers.RowError):
+                found.add(written(cell(where, row, column)))
+    return tuple(sorted(found - {""}))

@@ -29,6 +29,7 @@ from gpt1_kernels.model import IGNORE_INDEX
 from gpt1_kernels.ops import linear_cross_entropy
 from training import readers, run
 from training.checkpoint import Checkpoint, checkpoints
+from training.config import default_device, require
 from training.examples import Example, RowError, chosen, load
 from training.inputs import Ids, cut_longest
 from training.lstm import backbone_at
@@ -79,6 +80,11 @@ SCALE = {"cola": (0.0, 0.350), "sst2": (0.5, 0.932), "race": (0.25, 0.533), "dpr
 
 
 def main(config: ZeroShotConfig) -> None:
+    default_device(config.device)
+    require(config, ("examples",), lambda x: x >= (1 if config.cola is None else 2),
+            "at least 1, and 2 for CoLA's threshold")  # fmt: skip
+    require(config, ("batch_size",), lambda x: x >= 1, "at least 1")
+    require(config, ("dprd_best",), lambda x: 0.5 < x <= 1, "above 0.5, which is guessing, to 1")
     tasks = read_tasks(config)
     if not tasks:
         raise ValueError("expected at least one of --cola, --sst2, --race, --dprd")
@@ -90,7 +96,11 @@ def main(config: ZeroShotConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for folder in found:
-        step = Checkpoint.open(folder).step
+        try:
+            step = Checkpoint.open(folder).step
+        except ValueError as error:
+            print(f"refused: {error}")
+            continue
         model = backbone_at(folder).language_model.from_pretrained(folder).to(config.device)
         tokenizer = Tokenizer.open(folder)
         scores = {
@@ -103,7 +113,9 @@ def main(config: ZeroShotConfig) -> None:
         }
         rows.append({"step": step, "scores": scores, "normalised": normalised})
         print(f"update {step}: " + ", ".join(f"{name} {x:.3f}" for name, x in scores.items()))
-    (out / "zero_shot.json").write_text(json.dumps(rows, indent=2) + "\n")
+        (out / "zero_shot.json").write_text(json.dumps(rows, indent=2) + "\n")
+    if not rows:
+        raise ValueError(f"{config.run}: none of {len(found)} checkpoints can be used")
     plot_zero_shot(rows, out / "zero_shot.png")
 
 

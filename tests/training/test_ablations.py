@@ -371,21 +371,28 @@ def test_the_command_takes_the_options_of_finetune():
         ({"tasks": ("sst2", "sst3")}, r"--tasks: \('sst2', 'sst3'\), expected some of cola, sst2"),
         ({"tasks": ()}, r"--tasks: \(\), expected some of cola, sst2"),
         ({"model": None}, "--model: None, expected a run of pretrain.py"),
+        ({"model": "lstm"}, "--model: .*lstm, expected a run of pretrain.py --backbone transf"),
+        ({"lstm": "transformer"}, "--lstm: .*, expected a run of pretrain.py --backbone lstm"),
+        ({"lstm": "gone"}, "gone.config.json: no such file"),
         ({"seeds": 1}, "--seeds: 1, expected at least 2, for an interval"),
         ({"variants": ("full", "lstm"), "lstm": None}, "--lstm: None, expected a run of pretrain"),
         ({"variants": ("full",), "transfer": True}, "--variants: .* expected none with --transfer"),
         ({"tasks": ("sst2", "rte")}, "--data-dir: .*rte is no folder"),
+        ({"tasks": ("sst2", "storycloze"), "data_dir": None}, "--data-dir: .* not on Hugging Face"),
         ({"epochs": 0}, "--epochs: 0, expected at least 1"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named_before_anything_runs(settings, tmp_path, changes, message):
+def test_what_is_wrong_is_named_before_anything_runs(settings, folder, tmp_path, changes, message):
+    changes = {k: folder / x if isinstance(x, str) else x for k, x in changes.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ablations.main(settings(out=tmp_path / "new", **changes))
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
-    ("lstm", "expected"), [(None, VARIANTS[:3]), (Path("run"), VARIANTS)], ids=["without", "with"]
+    ("lstm", "expected"), [(False, VARIANTS[:3]), (True, VARIANTS)], ids=["without", "with"]
 )
-def test_by_default_all_variants_are_run_that_can_be(settings, lstm, expected):
-    assert ablations.complete(settings(lstm=lstm)).variants == expected
+@pytest.mark.parametrize("variants", [None, ()], ids=["not-given", "none"])
+def test_by_default_all_variants_are_run_that_can_be(settings, folder, lstm, variants, expected):
+    given = folder / "lstm" if lstm else None
+    assert ablations.complete(settings(lstm=given, variants=variants)).variants == expected

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -452,13 +453,43 @@ def test_row28_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(settin
     assert_same_run(config.out, whole)
 
 
-def test_a_finished_run_says_so_and_another_configuration_is_refused(settings, whole, capsys):
+def test_a_finished_run_says_so_and_another_configuration_is_refused(
+    settings, whole, data, tmp_path, capsys
+):
     finetune.main(settings(out=whole))
     assert "finished already, at step 18 of 18" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"another configuration: .*lm_weight 0.25 \(was 0.5\)"):
         finetune.main(settings(out=whole, lm_weight=0.25))
     with pytest.raises(ValueError, match=r"another configuration: inputs"):
         finetune.main(settings(out=whole, train_examples=90))
+    shutil.copytree(data / "sst2", tmp_path / "data")
+    with (tmp_path / "data" / "dev.tsv").open("a") as file:  # it would choose another epoch
+        file.write("the film is lovely\t1\n")
+    with pytest.raises(ValueError, match=r"another configuration: inputs"):
+        finetune.main(settings(out=whole, data_dir=tmp_path / "data"))
+
+
+def test_a_run_forked_past_its_best_epoch_keeps_the_best_of_its_own(
+    settings, tmp_path, monkeypatch
+):
+    """The best epoch's model stays with the run that was forked."""
+    evaluate, worse = finetune.scores.evaluate, iter((0.9, 0.8))
+
+    def ever_worse(task, examples, predictions):
+        found = evaluate(task, examples, predictions)
+        return {name: next(worse, score) for name, score in found.items()}
+
+    config = settings(epochs=2, keep=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.scores, "evaluate", ever_worse)
+        finetune.main(config)
+    assert run.read_result(config.out)["best epoch"] == 1
+    first, last = (config.out / "checkpoints" / f"step-{step:08d}" for step in (6, 12))
+    fork = replace(config, resume=str(first), out=tmp_path / "fork")
+    finetune.main(fork)
+    assert run.read_result(fork.out)["best epoch"] == 2
+    name = "model.safetensors"
+    assert (fork.out / "model" / name).read_bytes() == (last / name).read_bytes()
 
 
 def test_several_seeds_are_run_and_summarised(settings, capsys):
@@ -526,6 +557,11 @@ def test_a_bad_value_is_named_with_what_was_expected(settings, option, value, ex
         finetune.main(settings(**{option: value}) if option != "task" else FinetuneConfig("sst3"))
     flag = "--" + option.replace("_", "-")
     assert str(raised.value).startswith(f"{flag}: {value}, expected {expected}")
+
+
+def test_several_seeds_do_not_start_from_one_checkpoint(settings):
+    with pytest.raises(ValueError, match="--resume: x, expected auto or never with several --seed"):
+        finetune.main(settings(resume="x", seeds=2))
 
 
 def test_more_blocks_than_the_model_has_are_refused(settings):

@@ -67,6 +67,15 @@ def test_every_line_of_the_input_is_continued(run, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+def test_a_conversation_outlives_a_line_that_is_too_long(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"the house\n{'free ' * 99}\nthe people\n"))
+    main(GenerateConfig(run, tokens=9, seed=4))
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == expected(run, "the house", "the people")
+    assert printed.err.startswith("error: --tokens: a prompt of 99 tokens and 9 new ones, expected")
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 def test_a_model_folder_serves_as_well_as_a_run(run, capsys):
     for folder in (run, run / "model"):
         main(GenerateConfig(folder, "the house", tokens=9, temperature=0.0))
@@ -107,7 +116,9 @@ def test_a_sample_of_a_model_in_training_is_without_dropout_and_leaves_it_in_tra
     ("options", "error", "message"),
     [
         ({"prompt": " "}, ValueError, "--prompt: ' ', expected some text"),
-        ({"prompt": "the", "tokens": 50}, ValueError, "a prompt of 1 tokens and 50 new ones"),
+        ({"prompt": "the", "tokens": 50}, ValueError, "--tokens: a prompt of 1 tokens and 50 new"),
+        ({"prompt": "the", "tokens": 0}, ValueError, "--tokens: 0, expected at least 1"),
+        ({"prompt": "the", "temperature": float("nan")}, ValueError, "temperature: nan, expected"),
         ({"prompt": "the", "temperature": -1.0}, ValueError, "temperature: -1.0"),
         ({"prompt": "the", "stop": "the house"}, ValueError, "--stop: 'the house' is 2 tokens"),
         ({"prompt": "the", "stop": "☃"}, ValueError, "--stop: '☃' is 1 tokens, expected one"),
@@ -117,7 +128,7 @@ def test_a_sample_of_a_model_in_training_is_without_dropout_and_leaves_it_in_tra
 @pytest.mark.usefixtures("on_the_cpu")
 def test_what_is_refused(run, options, error, message):
     with pytest.raises(error, match=message):
-        main(GenerateConfig(**{"model": run, **options}))
+        main(GenerateConfig(**{"model": run, "tokens": 9, **options}))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

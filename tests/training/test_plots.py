@@ -28,6 +28,23 @@ def test_the_picture_shows_what_was_logged(tmp_path, monkeypatch, updates):
     assert matplotlib.image.imread(tmp_path / "loss.png").std() > 0
 
 
+@pytest.mark.parametrize(
+    ("logs", "message"),
+    [
+        ([], "runs: none, expected one or more folders"),
+        ([""], "0/metrics.jsonl: empty, expected the log of a run"),
+        (['{"step": 0}\n', '{"step": 0}\n{"st'], "1/metrics.jsonl:2: not JSON, Unterminated"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named_and_leaves_no_picture(tmp_path, logs, message):
+    for number, log in enumerate(logs):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "metrics.jsonl").write_text(log)
+    with pytest.raises(ValueError, match=message):
+        plots.plot_runs([tmp_path / str(i) for i in range(len(logs))], tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
 def test_classes_are_drawn_as_a_confusion_matrix_and_scores_as_points(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots.plt, "close", figures.append)

@@ -187,7 +187,7 @@ FORMS = {
     "race": (
         "race",
         {
-            f"{split}/{level}/1.txt": json.dumps(PASSAGE)
+            f"{split}/{level}/1.txt": json.dumps({**PASSAGE, "id": f"{level}1.txt"})
             for split in ("train", "dev", "test") for level in ("middle", "high")
         },
         {"train": QUESTIONS * 2, "test": QUESTIONS * 2},
@@ -287,7 +287,8 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
     mnli = load(TASKS["mnli"], written(tmp_path / "mnli", FORMS["mnli-glue"][1]))
     assert [(e.subset, e.id) for e in mnli.test] == [("m", 0), ("mm", 0)]
     race = load(TASKS["race"], written(tmp_path / "race", FORMS["race"][1]))
-    assert [(e.subset, e.id) for e in race.test] == [("m", "1.txt")] * 2 + [("h", "1.txt")] * 2
+    ids = [("m", "middle1.txt")] * 2 + [("h", "high1.txt")] * 2
+    assert [(e.subset, e.id) for e in race.test] == ids
     cloze = load(TASKS["storycloze"], written(tmp_path / "cloze", FORMS["storycloze"][1]))
     assert [e.id for e in cloze.test] == ["b-7"]
 
@@ -297,7 +298,8 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
     [
         ("sst2", "train.tsv", "a\t1\nb 0\n", r"train.tsv:2: 1 cells, expected the 2 of sentence"),
         ("sst2", "train.tsv", "a\t1\nb\t0\tc\n", r"train.tsv:2: 3 cells, expected the 2"),
-        ("sst2", "train.tsv", "a\t1\n\n", r"train.tsv:2: 1 cells"),
+        ("sst2", "train.tsv", "a\t1\n\nb\n", r"train.tsv:3: 1 cells"),
+        ("sst2", "train.tsv", "a\t1\nb\t\n", r"train.tsv:2: label is '', expected one of 0, 1"),
         ("sst2", "train.tsv", "a\t1\nb\t2\n", r"train.tsv:2: label is '2', expected one of 0, 1"),
         ("sst2", "train.tsv", "a\t1\n \t0\n", r"train.tsv:2: sentence is empty"),
         ("sst2", "train.tsv", "a\t1\nb\u00f6\t0\n".encode("latin-1"), r"train.tsv: not UTF-8"),
@@ -320,6 +322,7 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
         ("stsb", "sts-train.csv", "g\tf\ty\t1\tnan\ta\tb\n", r"sts-train.csv:1: score is 'nan'"),
         ("stsb", "sts-train.csv", "g\tf\ty\t1\t3\ta\n", r"train.csv:1: 6 cells, expected the 7"),
         ("snli", "snli_1.0_train.jsonl", '{"gold_label"\n', r"train.jsonl:1: not JSON"),
+        ("snli", "snli_1.0_train.jsonl", "[" * 100_000, r"train.jsonl:1: not JSON, maximum rec"),
         ("snli", "snli_1.0_train.jsonl", "[1]\n", r"train.jsonl:1: list, expected a JSON object"),
         ("snli", "snli_1.0_train.jsonl", jsonl(nli(gold_label="neutral", sentence2=None)),
          r"train.jsonl:1: sentence2 is empty or not a text"),
@@ -422,20 +425,26 @@ def test_a_folder_without_the_files_says_what_it_expected(tmp_path):
                         "example_id": "high1.txt"}]},
             [1],
         ),
+        (
+            "openbookqa",
+            {"train": [{"question_stem": "a", "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+                        "answerKey": "B", "id": "7-980"}]},
+            [1],
+        ),
     ],
 )  # fmt: skip
 def test_hugging_face_data_sets(monkeypatch, task, splits, expected):
-    calls = []
+    calls, hidden = [], "label" in splits["train"][0]
 
     def load_dataset(path, config, split):
         calls.append((path, config, split))
         unlabelled = [{**row, "label": -1} for row in splits["train"]]
-        return unlabelled if split == "test" and task != "race" else splits["train"]
+        return unlabelled if split == "test" and hidden else splits["train"]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     data = load(TASKS[task], None)
     assert [e.label for e in data.train] == expected
-    assert all(e.label is None for e in data.test) or task == "race"
+    assert all((e.label is None) == hidden for e in data.test)
     assert [split for *_, split in calls] == ["train", "validation", "test"]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install datasets"):
@@ -505,6 +514,10 @@ CUSTOM_FILES = {
         {"q": {"stem": "Is?"}, "options": ["x", "y", "z"], "right": "C"},
         {"q": {"stem": "Was?"}, "options": ["x", "y"], "right": "A"},
     ),
+    "e.jsonl": jsonl(
+        {"q": "Is?", "a1": "x", "a2": "y", "a3": "z", "meta": {"right": "C"}},
+        {"q": "Was?", "a1": "x", "a2": "y", "a3": None, "meta": {"right": "A"}},
+    ),
     "d.tsv": "q\ta1\ta2\ta3\tright\nIs?\tx\ty\tz\t2\nWas?\tx\ty\t\t0\n",
 }
 
@@ -513,7 +526,8 @@ CUSTOM_FILES = {
     ("custom", "labels", "expected"),
     [
         (
-            {"train": "a.csv", "texts": ("review",), "label": "stars"}, ("neg", "pos"),
+            {"train": "a.csv", "texts": ("review",), "label": "stars", "answers": ()},
+            ("neg", "pos"),
             [(('good, "very"',), (), 1), (("bad",), (), 0), (("awful",), (), 0)],
         ),
         (
@@ -530,17 +544,63 @@ CUSTOM_FILES = {
              "label": "right", "labels": ("0", "1", "2")},
             ("0", "1", "2"), [(("Is?",), ("x", "y", "z"), 2), (("Was?",), ("x", "y"), 0)],
         ),
+        (
+            {"kind": "choice", "train": "e.jsonl", "texts": ("q",), "answers": ("a1", "a2", "a3"),
+             "label": "meta.right"},
+            LETTERS, [(("Is?",), ("x", "y", "z"), 2), (("Was?",), ("x", "y"), 0)],
+        ),
+        (
+            {"train": "e.jsonl", "texts": ("q",), "label": "meta.right"}, ("A", "C"),
+            [(("Is?",), (), 1), (("Was?",), (), 0)],
+        ),
     ],
-    ids=["classification-csv", "similarity-tsv", "choice-jsonl", "choice-tsv"],
+    ids=[
+        "classification-csv", "similarity-tsv", "choice-jsonl", "choice-tsv", "choice-null",
+        "classification-dotted",
+    ],
 )  # fmt: skip
 def test_a_custom_task_needs_no_code(tmp_path, custom, labels, expected):
     written(tmp_path, CUSTOM_FILES)
     file = tmp_path / custom["train"]
-    task = custom_task(Custom(**{**custom, "train": file, "validation": file}))
+    task = custom_task(Custom(**{**custom, "train": file, "validation": file, "test": file}))
     data = load(task, Path())
     assert task.labels == labels
     assert [(e.texts, e.answers, e.label) for e in data.train] == expected
-    assert data.validation == data.train
+    assert data.train == data.validation == data.test
+
+
+@pytest.mark.parametrize(
+    ("suffix", "row", "bad", "unlabelled"),
+    [
+        (".tsv", "{}\t{}\n", "odd\t\n", ("fine\t\n", "fine\t \n")),
+        (".csv", "{},{}\n", "odd,\n", ("fine,\n", 'fine,""\n')),
+        (
+            ".jsonl", '{{"text": "{}", "label": "{}"}}\n', '{"text": "odd", "label": null}\n',
+            ('{"text": "fine", "label": null}\n', '{"text": "fine", "label": ""}\n'),
+        ),
+    ],
+)  # fmt: skip
+def test_a_custom_label_that_is_blank_is_none_and_a_blank_line_is_no_row(
+    tmp_path, suffix, row, bad, unlabelled
+):
+    header = "" if suffix == ".jsonl" else row.format("text", "label")
+    good = row.format("good", "pos") + row.format("poor", "neg")
+    files = {"train": good + bad, "validation": good, "test": "".join(unlabelled) + good}
+    written(tmp_path, {f"{name}{suffix}": f"{header}{x}\n" for name, x in files.items()})
+    task = custom_task(Custom(**{name: tmp_path / f"{name}{suffix}" for name in files}))
+    assert task.labels == ("neg", "pos")
+    with pytest.raises(ValueError, match=r"train.*: label is '', expected one of neg, pos"):
+        load(task, Path())
+    data = load(task, Path(), skip_bad_rows=True)
+    assert [e.label for e in data.train] == [1, 0]
+    assert [e.label for e in data.test] == [None, None, 1, 0]
+    assert [note.split(": ")[0] for note in data.notes] == ["skipped"]
+
+
+def test_a_cell_of_a_csv_file_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text(f"text,label\n{'long ' * 40_000},x\n")
+    custom = Custom(train=tmp_path / "a.csv", validation=tmp_path / "a.csv")
+    assert len(load(custom_task(custom), Path()).train[0].texts[0]) == 200_000
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Zero-shot heuristics: what is scored, the scores themselves, the threshold, a whole run."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +111,9 @@ Ann
 """
 
 
-def test_pronouns_are_found_as_words(tmp_path):
-    (tmp_path / "dprd.txt").write_text(DPRD)
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_pronouns_are_found_as_words(tmp_path, end):
+    (tmp_path / "dprd.txt").write_text(DPRD + end)
     assert zero_shot.read_dprd(tmp_path / "dprd.txt") == [
         Example(
             ("The bee sat on", "and a fit bee because it had pollen."), ("The bee", "a Fit Bee"), 1
@@ -191,12 +194,51 @@ def test_all_checkpoints_of_a_run_are_asked(whole, tmp_path, capsys):
     assert rows[-1]["scores"]["sst2"] == hits / 12
 
 
+def test_row28_a_damaged_checkpoint_is_refused_and_the_others_are_asked(whole, tmp_path, capsys):
+    shutil.copytree(whole / "checkpoints", tmp_path / "run" / "checkpoints")
+    (tmp_path / "dprd.txt").write_text(DPRD)
+    options = zero_shot.ZeroShotConfig(tmp_path / "run", dprd=tmp_path / "dprd.txt", device=DEVICE)
+    for damaged, asked in (("step-00000009", "update 6: dprd"), ("step-00000006", "")):
+        with (tmp_path / "run" / "checkpoints" / damaged / "model.safetensors").open("r+b") as file:
+            file.truncate(1000)
+        ends = pytest.raises(ValueError, match="none of 2 checkpoints can be used")
+        with use_backend("portable"), contextlib.nullcontext() if asked else ends:
+            zero_shot.main(options)
+        printed = capsys.readouterr().out
+        assert f"{damaged}/model.safetensors: not as it was written" in printed
+        assert asked in printed
+    (row,) = json.loads((tmp_path / "run" / "zero_shot.json").read_text())
+    assert row["step"] == 6
+
+
+def test_an_interrupted_sweep_keeps_its_scores(whole, tmp_path, monkeypatch):
+    def interrupted(*_):
+        if (tmp_path / "zero_shot.json").exists():
+            raise KeyboardInterrupt
+        return 0.5
+
+    (tmp_path / "dprd.txt").write_text(DPRD)
+    monkeypatch.setattr(zero_shot, "zero_shot", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        zero_shot.main(zero_shot.ZeroShotConfig(whole, dprd=tmp_path / "dprd.txt", out=tmp_path))
+    rows = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert [row["scores"] for row in rows] == [{"dprd": 0.5}]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({}, "at least one of --cola"), ({"dprd": "dprd.txt"}, "no checkpoints, expected a run of")],
+    [
+        ({}, "at least one of --cola"),
+        ({"dprd": Path("dprd.txt")}, "no checkpoints, expected a run of"),
+        ({"examples": 0}, "--examples: 0, expected at least 1"),
+        ({"examples": 1, "cola": Path("cola")}, "--examples: 1, expected .* 2 for CoLA"),
+        ({"batch_size": 0}, "--batch-size: 0, expected at least 1"),
+        ({"dprd_best": 0.5}, "--dprd-best: 0.5, expected above 0.5"),
+        ({"device": "foo"}, "--device: foo, expected cpu, cuda or cuda:N"),
+    ],
 )
-def test_what_is_missing_is_named(tmp_path, options, message):
+def test_what_is_missing_or_out_of_range_is_named(tmp_path, options, message):
     (tmp_path / "dprd.txt").write_text(DPRD)
-    options = {name: tmp_path / value for name, value in options.items()}
+    options = {k: tmp_path / x if isinstance(x, Path) else x for k, x in options.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         zero_shot.main(zero_shot.ZeroShotConfig(tmp_path, **options))
