@@ -12,6 +12,7 @@ import torch
 import tyro
 
 from gpt1_kernels.backends import BACKENDS, OPS, unavailable_reason
+from training.run import next_folder
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PretrainConfig:
     """Folder for everything that the run writes. Default: runs/<preset>-N, a new one."""
     resume: str = "auto"
     """auto: from the newest checkpoint in --out, if there is one; never: --out must be new or
-    empty; or a checkpoint, or a run to take the newest from."""
+    empty; or, where --out has none, a checkpoint, or a run to take the newest from."""
     steps: int | None = None
     """Optimizer updates."""
     batch_size: int | None = None
@@ -177,11 +178,3 @@ def default_dtype(device: torch.device) -> str:
     """bf16 on a GPU that multiplies in it, else fp32."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "fp32"
-
-
-def next_folder(name: str) -> Path:
-    """The first of runs/<name>-1, runs/<name>-2, … that is empty or not there."""
-    number = 1
-    while any(Path(f"runs/{name}-{number}").glob("*")):
-        number += 1
-    return Path(f"runs/{name}-{number}")

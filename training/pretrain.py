@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -56,6 +55,7 @@ def main(config: PretrainConfig) -> None:
     identity = run.identity(config, text=corpus.train.digest, vocabulary=tokenizer.fingerprint)
     if checkpoint is not None:
         run.require_same(checkpoint, identity)
+        run.require_rest(checkpoint, out, config.steps)
         if start == config.steps and (result := run.read_result(out)):
             print(f"finished already, at step {start} of {config.steps}")
             print_result(result)
@@ -80,8 +80,7 @@ def main(config: PretrainConfig) -> None:
         skipped = SkippedUpdates(config.device, checkpoint.state["skipped"])
         loss = checkpoint.state["validation_loss"]
         print(f"resumed from step {start} ({checkpoint.folder})")
-    if checkpoint is None or checkpoint.folder.parent.parent == out:
-        run.cut_logs(out, {} if checkpoint is None else checkpoint.state["log_sizes"])
+    run.cut_logs(out, checkpoint)
     if config.device == "cpu":
         keep_freed_memory()
     make_update = (CapturedStep if config.cuda_graph else StaticStep)(
@@ -96,7 +95,7 @@ def main(config: PretrainConfig) -> None:
         f"tokens on {config.device} in {config.dtype}, to {out}"
     )
 
-    (out / run.CONFIG).write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+    run.write_json(out / run.CONFIG, asdict(config))
     log = metrics.MetricsLog(out, start)
     writer = CheckpointWriter(out / run.CHECKPOINTS, config.keep)
     peak = metrics.measured_peak(config.device, config.dtype)
@@ -182,7 +181,7 @@ def main(config: PretrainConfig) -> None:
         "bigram": counted.bigram,
         "bits per byte": metrics.bits_per_byte(loss, len(validation), held_out_store.text_bytes),
     }
-    (out / run.RESULT).write_text(json.dumps(result, indent=2) + "\n")
+    run.write_json(out / run.RESULT, result)
     print_result(result)
 
 

@@ -1,6 +1,8 @@
 """Runs that are interrupted: what goes on equals, bit for bit, what was not stopped."""
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -16,7 +18,7 @@ from safetensors import SafetensorError
 
 from tests.training.conftest import EVERY, STEPS
 from training import checkpoint, metrics, static_step
-from training.run import StopSignal
+from training.run import StopSignal, next_folder
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = {"tokens_per_second", "flop_utilisation"}
@@ -188,6 +190,80 @@ def test_never_asks_for_a_new_folder_and_a_path_is_taken(run, whole, tmp_path, c
     assert f"resumed from step {STEPS - EVERY}" in capsys.readouterr().out
     name = "model/model.safetensors"
     assert (tmp_path / "b" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_same_command_goes_on_with_a_fork_too(run, whole, tmp_path, monkeypatch, capsys):
+    """Killed before its first checkpoint, stopped behind it, and finished."""
+    start = STEPS - EVERY
+    fork = {"resume": str(whole / "checkpoints" / f"step-{start:08d}"), "eval_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "mean_loss", None)  # called when the first update is in the log
+        with pytest.raises(TypeError):
+            run(tmp_path, **fork)
+    with monkeypatch.context() as patch:
+        interrupt_once(patch, static_step, "train_step", 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(tmp_path, **fork)
+    assert capsys.readouterr().out.count(f"resumed from step {start} ({whole}") == 2
+    run(tmp_path, **fork)
+    assert f"resumed from step {start + 2} ({tmp_path}" in capsys.readouterr().out
+    assert [row["step"] for row in log_of(tmp_path) if "loss" in row] == list(range(start, STEPS))
+    name = "model/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_fork_from_the_last_step_is_refused_and_writes_nothing(run, whole, tmp_path):
+    with pytest.raises(ValueError, match=f"step-0*{STEPS} is at the last of {STEPS} steps"):
+        run(tmp_path, resume=str(whole))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", ["model", "result.json"])
+def test_a_folder_that_is_no_interrupted_run_is_refused(run, whole, tmp_path, kept):
+    """A model, whose config.json is not a run's, and a finished run without its checkpoints."""
+    out = tmp_path / "copy"
+    if kept == "model":
+        shutil.copytree(whole / "model", out)
+    else:
+        shutil.copytree(whole, out, ignore=shutil.ignore_patterns("checkpoints"))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(FileExistsError, match="copy is not empty, expected a new folder"):
+        run(out, seed=5)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.fixture
+def another_run(tmp_path):
+    """another_run(folder): locks it as the run of another process does."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder: Path) -> None:
+            folder.mkdir(parents=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+        yield start
+
+
+def test_a_folder_that_another_run_is_in_is_refused(run, tmp_path, another_run):
+    another_run(tmp_path / "taken")
+    with pytest.raises(FileExistsError, match=r"--out: .*taken is in use by another run"):
+        run(tmp_path / "taken")
+
+
+def test_a_run_without_a_name_starts_in_no_folder_of_another(tmp_path, monkeypatch, another_run):
+    monkeypatch.chdir(tmp_path)
+    another_run(Path("runs/mini-1"))
+    assert next_folder("mini") == Path("runs/mini-2")
+
+
+def test_a_damaged_result_is_made_again(run, whole, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    (out / "result.json").write_text("")
+    run(out)
+    assert (out / "result.json").read_bytes() == (whole / "result.json").read_bytes()
 
 
 def test_another_frequency_of_watching_changes_no_weight(run, whole, tmp_path):
