@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +50,10 @@ def main(config: EvaluateConfig) -> None:
             continue
         losses.append((mean_loss(model, document, config), len(document)))
         name = tokenizer.decode(document[:NAME_TOKENS])
-        tqdm.write(f"{math.exp(losses[-1][0]):8.2f}  {len(document):9,} tokens  {name}")
+        perplexity = metrics.perplexity(losses[-1][0])
+        tqdm.write(f"{perplexity:8.2f}  {len(document):9,} tokens  {name}")
     mean = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
-    print(f"{math.exp(mean):8.2f}  {sum(tokens for _, tokens in losses):9,} tokens  all")
+    print(f"{metrics.perplexity(mean):8.2f}  {sum(tokens for _, tokens in losses):9,} tokens  all")
 
 
 def mean_loss(model: GPT1LMHeadModel, tokens: np.ndarray, config: EvaluateConfig) -> float:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +39,15 @@ class MetricsLog:
 
     def write(self, step: int, **values: float) -> None:
         """Logs values by name; what is not finite is null, as JSON has it."""
-        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        append(self.path, json.dumps({"step": step, **finite}) + "\n")
+        append(self.path, json.dumps({"step": step, **finite(values)}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The values by name; None in place of what is not finite."""
+    return {name: x if math.isfinite(x) else None for name, x in values.items()}
 
 
 def append(path: Path, text: str) -> None:
@@ -74,6 +79,14 @@ def mean_loss(
             total += linear_cross_entropy(h[:, :-1], table, part[:, 1:]) * len(part)
     model.train()
     return float(total) / len(windows)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats: infinite where no float is as large."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)

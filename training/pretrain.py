@@ -175,18 +175,19 @@ def main(config: PretrainConfig) -> None:
     tokenizer.save(out / "model")
     plot_runs([out], out / "loss.png")
     counted = metrics.baselines(train, held_out.numpy(), model_config.vocab_size)
-    result = {
-        "validation perplexity": math.exp(loss),
+    result = metrics.finite({
+        "validation perplexity": metrics.perplexity(loss),
         "unigram": counted.unigram,
         "bigram": counted.bigram,
         "bits per byte": metrics.bits_per_byte(loss, len(validation), held_out_store.text_bytes),
-    }
+    })  # fmt: skip
     run.write_json(out / run.RESULT, result)
     print_result(result)
 
 
-def print_result(result: dict[str, float]) -> None:
-    print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+def print_result(result: dict[str, float | None]) -> None:
+    shown = {name: "not finite" if x is None else f"{x:.3f}" for name, x in result.items()}
+    print(", ".join(f"{name} {value}" for name, value in shown.items()))
 
 
 def pinned(batch: torch.Tensor, device: str) -> torch.Tensor:

@@ -206,11 +206,17 @@ class Tokenizer:
         The style is an entry of the latter. transformers does not know of it: there, a tokenizer of
         either style encodes in style hf, and ftfy is the caller's. `vocab.json` and `merges.txt`
         hold the same vocabulary in the format of OpenAI's two files, for readers of those.
+
+        Raises:
+            OSError: it cannot be written; names the folder.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._pipeline.save(str(folder / "tokenizer.json"))
-        self._pipeline.model.save(str(folder))
+        try:
+            self._pipeline.save(str(folder / "tokenizer.json"))
+            self._pipeline.model.save(str(folder))
+        except Exception as error:  # tokenizers knows no other
+            raise OSError(f"{folder}: the tokenizer could not be written, {error}") from None
         config = {
             "tokenizer_class": "OpenAIGPTTokenizer",
             "unk_token": UNKNOWN,

@@ -71,6 +71,13 @@ def test_bigram_probabilities_of_a_context_sum_to_1(corpus, context):
     assert total == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("loss", "perplexity"), [(math.log(7), 7), (710.0, math.inf), (math.inf, math.inf)]
+)
+def test_perplexity_is_infinite_where_no_float_holds_it(loss, perplexity):
+    assert metrics.perplexity(loss) == pytest.approx(perplexity)
+
+
 def test_bits_per_byte():
     # 8 tokens of 2 bits each, over 4 bytes
     assert metrics.bits_per_byte(2 * math.log(2), tokens=8, n_bytes=4) == pytest.approx(4)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from tests.training.conftest import EVERY, STEPS
 from training import checkpoint, metrics, static_step
-from training.run import StopSignal, next_folder
+from training.run import StopSignal, next_folder, write_json
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = {"tokens_per_second", "flop_utilisation"}
@@ -293,6 +293,17 @@ def test_row29_a_full_disk_stops_the_run_and_loses_nothing(
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_row29_a_result_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text("{}")
+    file.with_suffix(".partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        write_json(file, {"unigram": 1.0})
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "{}"
+
+
 def test_row29_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -325,3 +336,12 @@ def test_row30_updates_that_are_not_finite_stop_the_run_with_step_and_batch(run,
     assert message.endswith("the batch of the last: 2 windows from number 20 of epoch 0")
     updates = [row for row in log_of(tmp_path) if "loss" in row]
     assert [(row["step"], row["skipped"]) for row in updates] == [(0, 0)]
+
+
+def test_row30_a_diverged_run_ends_in_a_result_that_is_json(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "mean_loss", lambda *_: 1000.0)
+    for _ in ("run", "read back"):
+        run(tmp_path, steps=1)
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("validation perplexity not finite, unigram")
+    assert json.loads((tmp_path / "result.json").read_text())["validation perplexity"] is None

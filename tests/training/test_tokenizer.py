@@ -408,6 +408,13 @@ def test_vocabulary_and_merges_alone_are_the_same_tokenizer(either, tmp_path):
     assert theirs(ftfy.fix_text(TEXT))["input_ids"] == ids
 
 
+def test_row29_a_folder_that_cannot_be_written_to_is_named(hf, tmp_path):
+    """tokenizers itself raises a bare Exception, here and where the disk is full."""
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(OSError, match=f"{tmp_path}: the tokenizer could not be written, "):
+        hf.save(tmp_path)
+
+
 def test_an_unknown_style_is_named():
     with pytest.raises(ValueError, match="style: gpt2, expected hf or openai"):
         Tokenizer.train([TEXT], 100, style="gpt2")
