@@ -37,6 +37,7 @@ UNKNOWN, END_OF_WORD, NEWLINE = "<unk>", "</w>", "\n</w>"
 FILES = (("encoder_bpe_40000.json", "vocab_40000.bpe"), ("vocab.json", "merges.txt"))
 NORMALIZER = normalizers.BertNormalizer(lowercase=True)
 PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
+LONGEST = 1000  # characters of a word to learn from, as the trainer's time grows with the square
 MOST_REPEATS = 2**16
 MOST_CHUNKS = 2**19  # whose ids are remembered, in some 150 MB
 
@@ -272,11 +273,12 @@ def _words(style: Style) -> Callable[[Sequence[str]], list[list[str]]]:
 
 
 def _add(counts: Counter, chunks: Counter, words: Callable) -> None:
-    """Moves the counts of chunks to those of their words."""
+    """Moves the counts of chunks to those of their words, or of pieces of the longest."""
     for found, count in zip(words(list(chunks)), chunks.values(), strict=True):
         for word in found:
             if word != "\n":
-                counts[word] += count
+                for start in range(0, len(word), LONGEST):
+                    counts[word[start : start + LONGEST]] += count
     chunks.clear()
 
 
