@@ -12,6 +12,7 @@ import torch
 import tyro
 
 from gpt1_kernels.backends import BACKENDS, OPS, unavailable_reason
+from training.data import matches
 from training.run import next_folder
 
 
@@ -134,6 +135,13 @@ def complete(config: PretrainConfig) -> PretrainConfig:
              f"a divisor of --batch-size {config.batch_size}")  # fmt: skip
     require(config, ("cuda_graph",), lambda x: not x or device.type == "cuda",
              f"a GPU, not --device {device}")  # fmt: skip
+    require(config, ("data",), lambda x: "" not in x, "no empty path")
+    for path in config.data:
+        if any(config.out.resolve().is_relative_to(f.resolve()) for f in matches(Path(path))):
+            raise ValueError(
+                f"--out: {config.out}, in --data {path}, which would hold what the run writes; "
+                "expected a folder elsewhere"
+            )
     require_backend(config, device)
     return config
 

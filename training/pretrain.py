@@ -95,7 +95,8 @@ def main(config: PretrainConfig) -> None:
         f"tokens on {config.device} in {config.dtype}, to {out}"
     )
 
-    run.write_json(out / run.CONFIG, asdict(config))
+    options = asdict(config) | {"data": [data.absolute(path) for path in config.data]}
+    run.write_json(out / run.CONFIG, options | {"text": corpus.train.digest})
     log = metrics.MetricsLog(out, start)
     writer = CheckpointWriter(out / run.CHECKPOINTS, config.keep)
     peak = metrics.measured_peak(config.device, config.dtype)

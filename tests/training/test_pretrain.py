@@ -72,6 +72,7 @@ def test_the_folder_holds_what_a_run_leaves(runs, folder):
     assert (out / "samples.txt").read_text().count("update ") == STEPS + 1
     config = json.loads((out / "config.json").read_text())
     assert (config["preset"], config["steps"], config["out"]) == ("mini", STEPS, "first")
+    assert config["data"] == [str(folder / "corpus")]
 
 
 def test_the_log_has_every_update_and_the_model_learns(runs, folder):
@@ -116,7 +117,7 @@ def test_the_model_opens_here_and_in_transformers_with_its_tokenizer(runs, folde
     ("options", "message"),
     [
         (("--data", "gone"), "gone: no such file or folder"),
-        (("--data", "corpus", "--out", "corpus"), "--out: corpus is not empty"),
+        (("--data", "corpus/0.txt", "--out", "corpus"), "--out: corpus is not empty"),
     ],
     ids=["data", "out"],
 )
