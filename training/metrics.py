@@ -19,6 +19,7 @@ from gpt1_kernels.ops import linear_cross_entropy
 from training.step import autocast
 
 KNESER_NEY_DISCOUNT = 0.75
+BLOCK = 10**7  # tokens that are counted at a time, in some 30 bytes each
 
 
 class MetricsLog:
@@ -106,17 +107,16 @@ def baselines(train: np.ndarray, windows: np.ndarray, vocab_size: int) -> Baseli
     seen falls back to q.
 
     Args:
-        train: int (tokens,).
+        train: int (tokens,), which may be a memory map: memory grows with its distinct pairs.
         windows: int (count, T); every token but a window's first is a target.
     """
     targets, contexts = windows[:, 1:].ravel().astype(np.int64), windows[:, :-1].ravel()
-    counts = np.bincount(train, minlength=vocab_size) + 1
+    pairs, pair_counts = _pairs(train, vocab_size)
+    followed = np.bincount(pairs // vocab_size, pair_counts, vocab_size)
+    counts = followed + 1
+    counts[train[-1]] += 1
     unigram = np.exp(-np.mean(np.log(counts[targets] / counts.sum())))
 
-    pairs, pair_counts = np.unique(
-        train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True
-    )
-    followed = np.bincount(train[:-1], minlength=vocab_size)
     successors = np.bincount(pairs // vocab_size, minlength=vocab_size)
     continuation = np.bincount(pairs % vocab_size, minlength=vocab_size) + 1
     q = (continuation / continuation.sum())[targets]
@@ -130,6 +130,17 @@ def baselines(train: np.ndarray, windows: np.ndarray, vocab_size: int) -> Baseli
     backoff = np.where(n_context > 0, KNESER_NEY_DISCOUNT * successors[contexts] / seen, 1.0)
     bigram = np.exp(-np.mean(np.log(discounted + backoff * q)))
     return Baselines(float(unigram), float(bigram))
+
+
+def _pairs(train: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct pairs of neighbours, as first * vocab_size + second, and the counts of each."""
+    pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+    for start in range(0, len(train) - 1, BLOCK):
+        block = train[start : start + BLOCK + 1].astype(np.int64)
+        found, often = np.unique(block[:-1] * vocab_size + block[1:], return_counts=True)
+        pairs, places = np.unique(np.concatenate((pairs, found)), return_inverse=True)
+        counts = np.bincount(places, np.concatenate((counts, often)))
+    return pairs, counts
 
 
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
