@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from gpt1_kernels.backends import BACKENDS, OPS, unavailable_reason
+from gpt1_kernels.backends import BACKENDS, OPS, refusal, unavailable_reason
 from training.data import matches
 from training.run import next_folder
 
@@ -91,6 +91,7 @@ PRESETS = {
     "gpt1": PretrainConfig(steps=1000, batch_size=64, learning_rate=2.5e-4),
     "mini": PretrainConfig(steps=1800, batch_size=8, learning_rate=2e-3),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PAPER_WARMUP = 2000
 WARMUP_SHARE = 0.25  # of a short run: with less, a post-LN model stays at the unigram's loss
 
@@ -122,6 +123,8 @@ def complete(config: PretrainConfig) -> PretrainConfig:
         dtype=config.dtype or default_dtype(device),
     )
     require(config, ("vocab_size",), lambda x: x is None or x >= 1, "at least 1")
+    require(config, ("vocab_size",), lambda x: x is None or config.tokenizer is None,
+            "none beside --tokenizer, which has its own")  # fmt: skip
     require(config, ("eval_every", "sample_every", "checkpoint_every", "max_skipped"),
              lambda x: x >= 1, "at least 1")  # fmt: skip
     require(config, ("keep",), lambda x: x >= 0, "at least 0")
@@ -147,12 +150,15 @@ def complete(config: PretrainConfig) -> PretrainConfig:
 
 
 def require_backend(config: object, device: torch.device) -> None:
-    """Raises ValueError unless --backend is auto, or one that runs every op on the device."""
+    """Raises ValueError unless --backend is auto, or one that runs every op as the run needs it."""
     require(config, ("backend",), ("auto", *BACKENDS).__contains__,
             f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
     for op in () if config.backend == "auto" else OPS:
-        if (reason := unavailable_reason(config.backend, op, device.type)) is not None:
-            raise ValueError(f"--backend: {config.backend}, but {reason}")
+        reason = unavailable_reason(config.backend, op, device.type) or refusal(
+            config.backend, op, DTYPES[config.dtype], {}
+        )
+        if reason is not None:
+            raise ValueError(f"--backend: {config.backend}, but {reason} ({op})")
 
 
 def require(

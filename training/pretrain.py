@@ -22,7 +22,7 @@ from training.optim import make_optimizer, warmup_cosine
 from training.plots import plot_runs
 from training.sample import sample
 from training.static_step import CapturedStep, StaticStep
-from training.step import SkippedUpdates
+from training.step import SkippedUpdates, autocast
 from training.store import tokenised
 from training.tokenizer import Tokenizer
 
@@ -109,7 +109,8 @@ def main(config: PretrainConfig) -> None:
         return loss
 
     def write_sample(step: int) -> None:
-        text = sample(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed)
+        with autocast(config.device, config.dtype):
+            text = sample(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed)
         metrics.append(out / "samples.txt", f"update {step}\n{text}\n\n")
 
     def save(step: int) -> None:

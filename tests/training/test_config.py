@@ -7,6 +7,7 @@ import pytest
 import torch
 import tyro
 
+from training import config
 from training.config import PretrainConfig, complete
 
 
@@ -105,6 +106,18 @@ def test_a_bad_value_is_named_with_what_was_expected(option, value, expected):
 def test_a_backend_that_cannot_run_on_the_device_is_refused_at_once():
     with pytest.raises(ValueError, match="--backend: cuda, but "):
         complete(PretrainConfig(device="cpu", backend="cuda"))
+
+
+def test_a_backend_that_does_not_take_the_dtype_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(config, "unavailable_reason", lambda *_: None)
+    with pytest.raises(ValueError, match=r"cuda_host, but it does not take torch\.float32"):
+        complete(PretrainConfig(device="cpu", backend="cuda_host"))
+    assert complete(PretrainConfig(device="cpu", backend="cuda_host", dtype="bf16"))
+
+
+def test_a_size_beside_a_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="--vocab-size: 5000, expected none beside --tokenizer"):
+        complete(PretrainConfig(device="cpu", vocab_size=5000, tokenizer=Path("x")))
 
 
 @pytest.mark.parametrize("data", [".", "runs", "r*"], ids=["above", "itself", "pattern"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import training.pretrain
 from gpt1_kernels import GPT1LMHeadModel
 from training.run import usable
 from training.tokenizer import Tokenizer
@@ -111,6 +112,19 @@ def test_the_model_opens_here_and_in_transformers_with_its_tokenizer(runs, folde
     assert tokenizer.decode(ids[0]) == " ".join(text.split())
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+def test_samples_are_drawn_in_the_dtype_of_the_run(run, tmp_path, monkeypatch):
+    """Some backends take no other."""
+    dtypes = []
+
+    def sample(*_, **__):
+        dtypes.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return ""
+
+    monkeypatch.setattr(training.pretrain, "sample", sample)
+    run(tmp_path, steps=1, dtype="bf16")
+    assert dtypes == [torch.bfloat16] * 2
 
 
 @pytest.mark.parametrize(
