@@ -459,6 +459,8 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(settings, w
         finetune.main(settings(out=whole, lm_weight=0.25))
     with pytest.raises(ValueError, match=r"another configuration: inputs"):
         finetune.main(settings(out=whole, train_examples=90))
+    with pytest.raises(ValueError, match="step-00000018 is at the last of 18 steps"):
+        finetune.main(settings(resume=str(whole)))
 
 
 def test_several_seeds_are_run_and_summarised(settings, capsys):
