@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from gpt1_kernels.backends import BACKENDS, OPS, unavailable_reason
+from gpt1_kernels.backends import BACKENDS, OPS, refusal, unavailable_reason
+from training.data import matches
+from training.run import next_folder
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class PretrainConfig:
     """Folder for everything that the run writes. Default: runs/<preset>-N, a new one."""
     resume: str = "auto"
     """auto: from the newest checkpoint in --out, if there is one; never: --out must be new or
-    empty; or a checkpoint, or a run to take the newest from."""
+    empty; or, where --out has none, a checkpoint, or a run to take the newest from."""
     steps: int | None = None
     """Optimizer updates."""
     batch_size: int | None = None
@@ -89,6 +91,7 @@ PRESETS = {
     "gpt1": PretrainConfig(steps=1000, batch_size=64, learning_rate=2.5e-4),
     "mini": PretrainConfig(steps=1800, batch_size=8, learning_rate=2e-3),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PAPER_WARMUP = 2000
 WARMUP_SHARE = 0.25  # of a short run: with less, a post-LN model stays at the unigram's loss
 
@@ -120,6 +123,8 @@ def complete(config: PretrainConfig) -> PretrainConfig:
         dtype=config.dtype or default_dtype(device),
     )
     require(config, ("vocab_size",), lambda x: x is None or x >= 1, "at least 1")
+    require(config, ("vocab_size",), lambda x: x is None or config.tokenizer is None,
+            "none beside --tokenizer, which has its own")  # fmt: skip
     require(config, ("eval_every", "sample_every", "checkpoint_every", "max_skipped"),
              lambda x: x >= 1, "at least 1")  # fmt: skip
     require(config, ("keep",), lambda x: x >= 0, "at least 0")
@@ -133,17 +138,27 @@ def complete(config: PretrainConfig) -> PretrainConfig:
              f"a divisor of --batch-size {config.batch_size}")  # fmt: skip
     require(config, ("cuda_graph",), lambda x: not x or device.type == "cuda",
              f"a GPU, not --device {device}")  # fmt: skip
+    require(config, ("data",), lambda x: "" not in x, "no empty path")
+    for path in config.data:
+        if any(config.out.resolve().is_relative_to(f.resolve()) for f in matches(Path(path))):
+            raise ValueError(
+                f"--out: {config.out}, in --data {path}, which would hold what the run writes; "
+                "expected a folder elsewhere"
+            )
     require_backend(config, device)
     return config
 
 
 def require_backend(config: object, device: torch.device) -> None:
-    """Raises ValueError unless --backend is auto, or one that runs every op on the device."""
+    """Raises ValueError unless --backend is auto, or one that runs every op as the run needs it."""
     require(config, ("backend",), ("auto", *BACKENDS).__contains__,
             f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
     for op in () if config.backend == "auto" else OPS:
-        if (reason := unavailable_reason(config.backend, op, device.type)) is not None:
-            raise ValueError(f"--backend: {config.backend}, but {reason}")
+        reason = unavailable_reason(config.backend, op, device.type) or refusal(
+            config.backend, op, DTYPES[config.dtype], {}
+        )
+        if reason is not None:
+            raise ValueError(f"--backend: {config.backend}, but {reason} ({op})")
 
 
 def require(
@@ -177,11 +192,3 @@ def default_dtype(device: torch.device) -> str:
     """bf16 on a GPU that multiplies in it, else fp32."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "fp32"
-
-
-def next_folder(name: str) -> Path:
-    """The first of runs/<name>-1, runs/<name>-2, … that is empty or not there."""
-    number = 1
-    while any(Path(f"runs/{name}-{number}").glob("*")):
-        number += 1
-    return Path(f"runs/{name}-{number}")

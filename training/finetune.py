@@ -102,6 +102,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
     identity = run.identity(config, inputs=setup.digest, vocabulary=tokenizer.fingerprint)
     if checkpoint is not None:
         run.require_same(checkpoint, identity)
+        run.require_rest(checkpoint, out, total)
         if start == total and (result := run.read_result(out)):
             print(f"finished already, at step {start} of {total}")
             print_result(result)
@@ -116,18 +117,17 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
     if checkpoint is not None:
         checkpoint.restore(model, optimizer)
         skipped = SkippedUpdates(config.device, checkpoint.state["skipped"])
-        if checkpoint.folder.parent.parent == out:  # else that epoch's model is elsewhere
+        if run.is_own(checkpoint, out):  # else that epoch's model is elsewhere
             best_epoch, best_score = checkpoint.state["best"]
         print(f"resumed from step {start} ({checkpoint.folder})")
-    if checkpoint is None or checkpoint.folder.parent.parent == out:
-        run.cut_logs(out, {} if checkpoint is None else checkpoint.state["log_sizes"])
+    run.cut_logs(out, checkpoint)
     print(
         f"{config.task}: {len(setup.train):,} examples to train on, {len(setup.validation):,} to "
         f"validate on; {config.epochs} epochs of {epoch} updates of {config.batch_size} examples "
         f"on {config.device} in {config.dtype}, to {out}"
     )
 
-    (out / run.CONFIG).write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+    run.write_json(out / run.CONFIG, asdict(config))
     log = metrics.MetricsLog(out, start)
     writer = CheckpointWriter(out / run.CHECKPOINTS, config.keep)
 
@@ -206,7 +206,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
             submitted, predictions = data.test, predict(best, setup.test, config, task)
             result["test"] = scores.evaluate(task, data.test, predictions)
     submissions.write(out / "predictions", task, submitted, predictions)
-    (out / run.RESULT).write_text(json.dumps(result, indent=2) + "\n")
+    run.write_json(out / run.RESULT, result)
     print_result(result)
     return result
 

@@ -9,13 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from training.config import (
-    default_device,
-    default_dtype,
-    next_folder,
-    require,
-    require_backend,
-)
+from training.config import default_device, default_dtype, require, require_backend
+from training.run import next_folder
 from training.tasks import TASKS, Custom
 
 CUSTOM = "custom"
@@ -51,7 +46,7 @@ class FinetuneConfig:
     """Folder for everything that the run writes. Default: runs/<task>-N, a new one."""
     resume: str = "auto"
     """auto: from the newest checkpoint in --out, if there is one; never: --out must be new or
-    empty; or a checkpoint, or a run to take the newest from."""
+    empty; or, where --out has none, a checkpoint, or a run to take the newest from."""
     epochs: int = 3
     """Passes over the training examples. The model after the best one is kept: by the task's first
     score over all validation examples, those of both subsets of MNLI and RACE together."""

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gpt1_kernels.ops import linear_cross_entropy
 from training.step import autocast
 
 KNESER_NEY_DISCOUNT = 0.75
+BLOCK = 10**7  # tokens that are counted at a time, in some 30 bytes each
 
 
 class MetricsLog:
@@ -38,11 +40,15 @@ class MetricsLog:
 
     def write(self, step: int, **values: float) -> None:
         """Logs values by name; what is not finite is null, as JSON has it."""
-        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        append(self.path, json.dumps({"step": step, **finite}) + "\n")
+        append(self.path, json.dumps({"step": step, **finite(values)}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The values by name; None in place of what is not finite."""
+    return {name: x if math.isfinite(x) else None for name, x in values.items()}
 
 
 def append(path: Path, text: str) -> None:
@@ -76,6 +82,14 @@ def mean_loss(
     return float(total) / len(windows)
 
 
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats: infinite where no float is as large."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True)
 class Baselines:
     """Perplexities of two counted models on the same targets as the trained one."""
@@ -93,17 +107,16 @@ def baselines(train: np.ndarray, windows: np.ndarray, vocab_size: int) -> Baseli
     seen falls back to q.
 
     Args:
-        train: int (tokens,).
+        train: int (tokens,), which may be a memory map: memory grows with its distinct pairs.
         windows: int (count, T); every token but a window's first is a target.
     """
     targets, contexts = windows[:, 1:].ravel().astype(np.int64), windows[:, :-1].ravel()
-    counts = np.bincount(train, minlength=vocab_size) + 1
+    pairs, pair_counts = _pairs(train, vocab_size)
+    followed = np.bincount(pairs // vocab_size, pair_counts, vocab_size)
+    counts = followed + 1
+    counts[train[-1]] += 1
     unigram = np.exp(-np.mean(np.log(counts[targets] / counts.sum())))
 
-    pairs, pair_counts = np.unique(
-        train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True
-    )
-    followed = np.bincount(train[:-1], minlength=vocab_size)
     successors = np.bincount(pairs // vocab_size, minlength=vocab_size)
     continuation = np.bincount(pairs % vocab_size, minlength=vocab_size) + 1
     q = (continuation / continuation.sum())[targets]
@@ -117,6 +130,17 @@ def baselines(train: np.ndarray, windows: np.ndarray, vocab_size: int) -> Baseli
     backoff = np.where(n_context > 0, KNESER_NEY_DISCOUNT * successors[contexts] / seen, 1.0)
     bigram = np.exp(-np.mean(np.log(discounted + backoff * q)))
     return Baselines(float(unigram), float(bigram))
+
+
+def _pairs(train: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct pairs of neighbours, as first * vocab_size + second, and the counts of each."""
+    pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+    for start in range(0, len(train) - 1, BLOCK):
+        block = train[start : start + BLOCK + 1].astype(np.int64)
+        found, often = np.unique(block[:-1] * vocab_size + block[1:], return_counts=True)
+        pairs, places = np.unique(np.concatenate((pairs, found)), return_inverse=True)
+        counts = np.bincount(places, np.concatenate((counts, often)))
+    return pairs, counts
 
 
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -23,7 +22,7 @@ from training.optim import make_optimizer, warmup_cosine
 from training.plots import plot_runs
 from training.sample import sample
 from training.static_step import CapturedStep, StaticStep
-from training.step import SkippedUpdates
+from training.step import SkippedUpdates, autocast
 from training.store import tokenised
 from training.tokenizer import Tokenizer
 
@@ -56,6 +55,7 @@ def main(config: PretrainConfig) -> None:
     identity = run.identity(config, text=corpus.train.digest, vocabulary=tokenizer.fingerprint)
     if checkpoint is not None:
         run.require_same(checkpoint, identity)
+        run.require_rest(checkpoint, out, config.steps)
         if start == config.steps and (result := run.read_result(out)):
             print(f"finished already, at step {start} of {config.steps}")
             print_result(result)
@@ -80,8 +80,7 @@ def main(config: PretrainConfig) -> None:
         skipped = SkippedUpdates(config.device, checkpoint.state["skipped"])
         loss = checkpoint.state["validation_loss"]
         print(f"resumed from step {start} ({checkpoint.folder})")
-    if checkpoint is None or checkpoint.folder.parent.parent == out:
-        run.cut_logs(out, {} if checkpoint is None else checkpoint.state["log_sizes"])
+    run.cut_logs(out, checkpoint)
     if config.device == "cpu":
         keep_freed_memory()
     make_update = (CapturedStep if config.cuda_graph else StaticStep)(
@@ -96,7 +95,8 @@ def main(config: PretrainConfig) -> None:
         f"tokens on {config.device} in {config.dtype}, to {out}"
     )
 
-    (out / run.CONFIG).write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+    options = asdict(config) | {"data": [data.absolute(path) for path in config.data]}
+    run.write_json(out / run.CONFIG, options | {"text": corpus.train.digest})
     log = metrics.MetricsLog(out, start)
     writer = CheckpointWriter(out / run.CHECKPOINTS, config.keep)
     peak = metrics.measured_peak(config.device, config.dtype)
@@ -109,7 +109,8 @@ def main(config: PretrainConfig) -> None:
         return loss
 
     def write_sample(step: int) -> None:
-        text = sample(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed)
+        with autocast(config.device, config.dtype):
+            text = sample(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed)
         metrics.append(out / "samples.txt", f"update {step}\n{text}\n\n")
 
     def save(step: int) -> None:
@@ -176,18 +177,19 @@ def main(config: PretrainConfig) -> None:
     tokenizer.save(out / "model")
     plot_runs([out], out / "loss.png")
     counted = metrics.baselines(train, held_out.numpy(), model_config.vocab_size)
-    result = {
-        "validation perplexity": math.exp(loss),
+    result = metrics.finite({
+        "validation perplexity": metrics.perplexity(loss),
         "unigram": counted.unigram,
         "bigram": counted.bigram,
         "bits per byte": metrics.bits_per_byte(loss, len(validation), held_out_store.text_bytes),
-    }
-    (out / run.RESULT).write_text(json.dumps(result, indent=2) + "\n")
+    })  # fmt: skip
+    run.write_json(out / run.RESULT, result)
     print_result(result)
 
 
-def print_result(result: dict[str, float]) -> None:
-    print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+def print_result(result: dict[str, float | None]) -> None:
+    shown = {name: "not finite" if x is None else f"{x:.3f}" for name, x in result.items()}
+    print(", ".join(f"{name} {value}" for name, value in shown.items()))
 
 
 def pinned(batch: torch.Tensor, device: str) -> torch.Tensor:

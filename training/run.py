@@ -6,14 +6,21 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from training.checkpoint import MANIFEST, Checkpoint, newest
-from training.config import PretrainConfig
+from training.store import sync
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 if TYPE_CHECKING:
+    from training.config import PretrainConfig
     from training.finetune_config import FinetuneConfig
 
 CHECKPOINTS, CONFIG, RESULT = "checkpoints", "config.json", "result.json"
@@ -31,22 +38,32 @@ FREE = {
 def open_run(config: PretrainConfig | FinetuneConfig) -> Checkpoint | None:
     """Makes or finds the folder `config.out` and says where the run starts: None is update 0.
 
+    The folder is this run's until the process ends or opens another.
+
     Raises:
-        FileExistsError: the folder holds something that is not an interrupted run.
+        FileExistsError: another process runs in the folder, or it holds something that is not an
+            interrupted run.
         FileNotFoundError: there is no checkpoint at the path that --resume gives.
         NotADirectoryError, PermissionError: see `usable`.
         ValueError: no checkpoint is as it was written.
     """
     out = usable(config.out)
-    checkpoint = newest(out / CHECKPOINTS)
-    if config.resume == "auto" and checkpoint is not None:
+    if not _claim(out):
+        raise FileExistsError(f"--out: {out} is in use by another run")
+    goes_on = config.resume != "never"
+    if goes_on and (checkpoint := newest(out / CHECKPOINTS)) is not None:
         return checkpoint
-    interrupted = config.resume == "auto" and (out / CONFIG).is_file()  # before any checkpoint
-    if any(out.iterdir()) and not interrupted:
+    if any(out.iterdir()) and not (goes_on and _stopped_early(out)):
         raise FileExistsError(f"--out: {out} is not empty, expected a new folder")
-    if config.resume in ("auto", "never"):
-        return None
-    return _at(Path(config.resume))
+    return None if config.resume in ("auto", "never") else _at(Path(config.resume))
+
+
+def next_folder(name: str) -> Path:
+    """The first of runs/<name>-1, runs/<name>-2, … that is new or empty, and that no run is in."""
+    for number in count(1):
+        folder = usable(Path(f"runs/{name}-{number}"))
+        if not any(folder.iterdir()) and _claim(folder):
+            return folder
 
 
 def usable(folder: Path) -> Path:
@@ -89,8 +106,22 @@ def log_sizes(out: Path) -> dict[str, int]:
     return {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
 
 
-def cut_logs(out: Path, sizes: Mapping[str, int]) -> None:
-    """Takes from the logs what was written after a checkpoint, and is about to be again."""
+def is_own(checkpoint: Checkpoint, out: Path) -> bool:
+    """Whether it is of the run in a folder, not of one that this was forked from."""
+    return checkpoint.folder.parent.parent == out
+
+
+def require_rest(checkpoint: Checkpoint, out: Path, steps: int) -> None:
+    """Raises ValueError where a run would start at the last step of another one."""
+    if checkpoint.step == steps and not is_own(checkpoint, out):
+        raise ValueError(
+            f"--resume: {checkpoint.folder} is at the last of {steps} steps, expected one before"
+        )
+
+
+def cut_logs(out: Path, start: Checkpoint | None) -> None:
+    """Takes from the logs what was written after the start of a run, and is about to be again."""
+    sizes = start.state["log_sizes"] if start is not None and is_own(start, out) else {}
     for name in LOGS:
         file, size = out / name, sizes.get(name, 0)
         if file.exists() and file.stat().st_size > size:
@@ -99,8 +130,32 @@ def cut_logs(out: Path, sizes: Mapping[str, int]) -> None:
 
 def read_result(out: Path) -> dict[str, Any] | None:
     """What a finished run ended with; None for one that has not finished."""
-    file = out / RESULT
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(out / RESULT)
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none, or not a whole one."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes an object beside and renames it, so that the file is whole or as it was.
+
+    Raises:
+        OSError: it cannot be written; names it, also where the disk is full.
+    """
+    beside = file.with_suffix(".partial")
+    try:
+        beside.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+        sync(beside)
+        beside.replace(file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 class StopSignal:
@@ -121,6 +176,36 @@ class StopSignal:
         self.received = signal.Signals(number)
         for caught in self._before:
             signal.signal(caught, signal.SIG_DFL)
+
+
+_claimed: dict[Path, int] = {}  # the folder of this process's run: the descriptor that locks it
+
+
+def _claim(folder: Path) -> bool:
+    """Locks a folder until this process ends or claims another; False if another process did.
+
+    Where there are no locks of folders, as on NFS and on Windows, nothing is locked.
+    """
+    folder = folder.resolve()
+    if fcntl is not None and folder not in _claimed:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:
+            pass
+        while _claimed:
+            os.close(_claimed.popitem()[1])
+        _claimed[folder] = descriptor
+    return True
+
+
+def _stopped_early(out: Path) -> bool:
+    """Whether a run began here and neither saved nor finished: its options, and no result."""
+    options = read_json(out / CONFIG)
+    return options is not None and "resume" in options and not (out / RESULT).exists()
 
 
 def _at(path: Path) -> Checkpoint:

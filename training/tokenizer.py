@@ -37,6 +37,7 @@ UNKNOWN, END_OF_WORD, NEWLINE = "<unk>", "</w>", "\n</w>"
 FILES = (("encoder_bpe_40000.json", "vocab_40000.bpe"), ("vocab.json", "merges.txt"))
 NORMALIZER = normalizers.BertNormalizer(lowercase=True)
 PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
+LONGEST = 1000  # characters of a word to learn from, as the trainer's time grows with the square
 MOST_REPEATS = 2**16
 MOST_CHUNKS = 2**19  # whose ids are remembered, in some 150 MB
 
@@ -206,11 +207,17 @@ class Tokenizer:
         The style is an entry of the latter. transformers does not know of it: there, a tokenizer of
         either style encodes in style hf, and ftfy is the caller's. `vocab.json` and `merges.txt`
         hold the same vocabulary in the format of OpenAI's two files, for readers of those.
+
+        Raises:
+            OSError: it cannot be written; names the folder.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._pipeline.save(str(folder / "tokenizer.json"))
-        self._pipeline.model.save(str(folder))
+        try:
+            self._pipeline.save(str(folder / "tokenizer.json"))
+            self._pipeline.model.save(str(folder))
+        except Exception as error:  # tokenizers knows no other
+            raise OSError(f"{folder}: the tokenizer could not be written, {error}") from None
         config = {
             "tokenizer_class": "OpenAIGPTTokenizer",
             "unk_token": UNKNOWN,
@@ -266,11 +273,12 @@ def _words(style: Style) -> Callable[[Sequence[str]], list[list[str]]]:
 
 
 def _add(counts: Counter, chunks: Counter, words: Callable) -> None:
-    """Moves the counts of chunks to those of their words."""
+    """Moves the counts of chunks to those of their words, or of pieces of the longest."""
     for found, count in zip(words(list(chunks)), chunks.values(), strict=True):
         for word in found:
             if word != "\n":
-                counts[word] += count
+                for start in range(0, len(word), LONGEST):
+                    counts[word[start : start + LONGEST]] += count
     chunks.clear()
 
 

@@ -84,7 +84,7 @@ def resolve(op: str, tensor: Tensor, **sizes: int) -> str:
     name = _forced[-1] if _forced else _environment_choice()
     if name is None:
         return automatic_choice(op, device, dtype, **sizes)
-    reason = unavailable_reason(name, op, device) or _refusal(name, op, dtype, sizes)
+    reason = unavailable_reason(name, op, device) or refusal(name, op, dtype, sizes)
     if reason is not None:
         raise ValueError(f"{op}: backend {name!r} was asked for but {reason}")
     return name
@@ -129,14 +129,14 @@ def automatic_choice(op: str, device: str, dtype: torch.dtype, **sizes: int) -> 
     if device != "cuda":
         return "portable"
     for name in AUTOMATIC:
-        reason = unavailable_reason(name, op, device) or _refusal(name, op, dtype, sizes)
+        reason = unavailable_reason(name, op, device) or refusal(name, op, dtype, sizes)
         if reason is None:
             return name
         _log_fallback(op, name, reason)
     raise AssertionError("portable serves every op")
 
 
-def _refusal(backend: str, op: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+def refusal(backend: str, op: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
     """Why a backend's kernels do not take a call, or None.
 
     A backend's module of an op may define `DTYPES` and `MAX_SIZES`. The comparison of sizes is

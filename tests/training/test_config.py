@@ -1,11 +1,13 @@
 """The options: what the presets fill in, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
 
+from training import config
 from training.config import PretrainConfig, complete
 
 
@@ -89,6 +91,7 @@ def test_the_folder_is_the_first_that_is_free():
         ("seed", 2**63, "0 to 2^63 - 1"),
         ("cuda_graph", True, "a GPU, not --device cpu"),
         ("backend", "fast", "one of auto, triton, cuda, cuda_host, portable"),
+        ("data", ("",), "no empty path"),
         ("device", "tpu", "cpu, cuda or cuda:N"),
         ("device", "meta", "cpu, cuda or cuda:N"),
     ],
@@ -103,6 +106,25 @@ def test_a_bad_value_is_named_with_what_was_expected(option, value, expected):
 def test_a_backend_that_cannot_run_on_the_device_is_refused_at_once():
     with pytest.raises(ValueError, match="--backend: cuda, but "):
         complete(PretrainConfig(device="cpu", backend="cuda"))
+
+
+def test_a_backend_that_does_not_take_the_dtype_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(config, "unavailable_reason", lambda *_: None)
+    with pytest.raises(ValueError, match=r"cuda_host, but it does not take torch\.float32"):
+        complete(PretrainConfig(device="cpu", backend="cuda_host"))
+    assert complete(PretrainConfig(device="cpu", backend="cuda_host", dtype="bf16"))
+
+
+def test_a_size_beside_a_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="--vocab-size: 5000, expected none beside --tokenizer"):
+        complete(PretrainConfig(device="cpu", vocab_size=5000, tokenizer=Path("x")))
+
+
+@pytest.mark.parametrize("data", [".", "runs", "r*"], ids=["above", "itself", "pattern"])
+def test_a_folder_of_text_that_would_hold_the_run_is_refused(data):
+    Path("runs").mkdir()
+    with pytest.raises(ValueError, match=f"--out: runs, in --data {re.escape(data)}, which would"):
+        complete(PretrainConfig(device="cpu", data=("elsewhere", data), out=Path("runs")))
 
 
 def test_a_gpu_that_is_not_there_is_refused():

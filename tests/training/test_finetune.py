@@ -467,6 +467,8 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(
         file.write("the film is lovely\t1\n")
     with pytest.raises(ValueError, match=r"another configuration: inputs"):
         finetune.main(settings(out=whole, data_dir=tmp_path / "data"))
+    with pytest.raises(ValueError, match="step-00000018 is at the last of 18 steps"):
+        finetune.main(settings(resume=str(whole)))
 
 
 def test_a_run_forked_past_its_best_epoch_keeps_the_best_of_its_own(

@@ -64,11 +64,27 @@ def test_bigram_is_interpolated_kneser_ney(corpus):
     assert metrics.baselines(train, windows, VOCABULARY).bigram == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("block", [1, 7, 78, 79])
+def test_the_baselines_do_not_depend_on_how_many_tokens_are_counted_at_a_time(
+    corpus, monkeypatch, block
+):
+    whole = metrics.baselines(*corpus, VOCABULARY)
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    assert metrics.baselines(*corpus, VOCABULARY) == whole
+
+
 @pytest.mark.parametrize("context", [3, 9, 11], ids=["seen", "seen-last", "never"])
 def test_bigram_probabilities_of_a_context_sum_to_1(corpus, context):
     windows = [np.array([[context, w]]) for w in range(VOCABULARY)]
     total = sum(1 / metrics.baselines(corpus[0], w, VOCABULARY).bigram for w in windows)
     assert total == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity"), [(math.log(7), 7), (710.0, math.inf), (math.inf, math.inf)]
+)
+def test_perplexity_is_infinite_where_no_float_holds_it(loss, perplexity):
+    assert metrics.perplexity(loss) == pytest.approx(perplexity)
 
 
 def test_bits_per_byte():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import training.pretrain
 from gpt1_kernels import GPT1LMHeadModel
 from training.run import usable
 from training.tokenizer import Tokenizer
@@ -72,6 +73,7 @@ def test_the_folder_holds_what_a_run_leaves(runs, folder):
     assert (out / "samples.txt").read_text().count("update ") == STEPS + 1
     config = json.loads((out / "config.json").read_text())
     assert (config["preset"], config["steps"], config["out"]) == ("mini", STEPS, "first")
+    assert config["data"] == [str(folder / "corpus")]
 
 
 def test_the_log_has_every_update_and_the_model_learns(runs, folder):
@@ -112,11 +114,24 @@ def test_the_model_opens_here_and_in_transformers_with_its_tokenizer(runs, folde
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
 
 
+def test_samples_are_drawn_in_the_dtype_of_the_run(run, tmp_path, monkeypatch):
+    """Some backends take no other."""
+    dtypes = []
+
+    def sample(*_, **__):
+        dtypes.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return ""
+
+    monkeypatch.setattr(training.pretrain, "sample", sample)
+    run(tmp_path, steps=1, dtype="bf16")
+    assert dtypes == [torch.bfloat16] * 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--data", "gone"), "gone: no such file or folder"),
-        (("--data", "corpus", "--out", "corpus"), "--out: corpus is not empty"),
+        (("--data", "corpus/0.txt", "--out", "corpus"), "--out: corpus is not empty"),
     ],
     ids=["data", "out"],
 )

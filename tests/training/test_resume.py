@@ -1,6 +1,8 @@
 """Runs that are interrupted: what goes on equals, bit for bit, what was not stopped."""
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -16,7 +18,7 @@ from safetensors import SafetensorError
 
 from tests.training.conftest import EVERY, STEPS
 from training import checkpoint, metrics, static_step
-from training.run import StopSignal
+from training.run import StopSignal, next_folder, write_json
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = {"tokens_per_second", "flop_utilisation"}
@@ -190,6 +192,80 @@ def test_never_asks_for_a_new_folder_and_a_path_is_taken(run, whole, tmp_path, c
     assert (tmp_path / "b" / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_the_same_command_goes_on_with_a_fork_too(run, whole, tmp_path, monkeypatch, capsys):
+    """Killed before its first checkpoint, stopped behind it, and finished."""
+    start = STEPS - EVERY
+    fork = {"resume": str(whole / "checkpoints" / f"step-{start:08d}"), "eval_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "mean_loss", None)  # called when the first update is in the log
+        with pytest.raises(TypeError):
+            run(tmp_path, **fork)
+    with monkeypatch.context() as patch:
+        interrupt_once(patch, static_step, "train_step", 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(tmp_path, **fork)
+    assert capsys.readouterr().out.count(f"resumed from step {start} ({whole}") == 2
+    run(tmp_path, **fork)
+    assert f"resumed from step {start + 2} ({tmp_path}" in capsys.readouterr().out
+    assert [row["step"] for row in log_of(tmp_path) if "loss" in row] == list(range(start, STEPS))
+    name = "model/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_fork_from_the_last_step_is_refused_and_writes_nothing(run, whole, tmp_path):
+    with pytest.raises(ValueError, match=f"step-0*{STEPS} is at the last of {STEPS} steps"):
+        run(tmp_path, resume=str(whole))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", ["model", "result.json"])
+def test_a_folder_that_is_no_interrupted_run_is_refused(run, whole, tmp_path, kept):
+    """A model, whose config.json is not a run's, and a finished run without its checkpoints."""
+    out = tmp_path / "copy"
+    if kept == "model":
+        shutil.copytree(whole / "model", out)
+    else:
+        shutil.copytree(whole, out, ignore=shutil.ignore_patterns("checkpoints"))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(FileExistsError, match="copy is not empty, expected a new folder"):
+        run(out, seed=5)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.fixture
+def another_run(tmp_path):
+    """another_run(folder): locks it as the run of another process does."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder: Path) -> None:
+            folder.mkdir(parents=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+        yield start
+
+
+def test_a_folder_that_another_run_is_in_is_refused(run, tmp_path, another_run):
+    another_run(tmp_path / "taken")
+    with pytest.raises(FileExistsError, match=r"--out: .*taken is in use by another run"):
+        run(tmp_path / "taken")
+
+
+def test_a_run_without_a_name_starts_in_no_folder_of_another(tmp_path, monkeypatch, another_run):
+    monkeypatch.chdir(tmp_path)
+    another_run(Path("runs/mini-1"))
+    assert next_folder("mini") == Path("runs/mini-2")
+
+
+def test_a_damaged_result_is_made_again(run, whole, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    (out / "result.json").write_text("")
+    run(out)
+    assert (out / "result.json").read_bytes() == (whole / "result.json").read_bytes()
+
+
 def test_another_frequency_of_watching_changes_no_weight(run, whole, tmp_path):
     run(tmp_path, eval_every=4, sample_every=5, checkpoint_every=2, keep=1)
     name = "model/model.safetensors"
@@ -215,6 +291,17 @@ def test_row29_a_full_disk_stops_the_run_and_loses_nothing(
     run(tmp_path)
     assert f"resumed from step {EVERY}" in capsys.readouterr().out
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_row29_a_result_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text("{}")
+    file.with_suffix(".partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        write_json(file, {"unigram": 1.0})
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "{}"
 
 
 def test_row29_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -249,3 +336,12 @@ def test_row30_updates_that_are_not_finite_stop_the_run_with_step_and_batch(run,
     assert message.endswith("the batch of the last: 2 windows from number 20 of epoch 0")
     updates = [row for row in log_of(tmp_path) if "loss" in row]
     assert [(row["step"], row["skipped"]) for row in updates] == [(0, 0)]
+
+
+def test_row30_a_diverged_run_ends_in_a_result_that_is_json(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "mean_loss", lambda *_: 1000.0)
+    for _ in ("run", "read back"):
+        run(tmp_path, steps=1)
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("validation perplexity not finite, unigram")
+    assert json.loads((tmp_path / "result.json").read_text())["validation perplexity"] is None

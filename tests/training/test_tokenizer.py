@@ -408,6 +408,22 @@ def test_vocabulary_and_merges_alone_are_the_same_tokenizer(either, tmp_path):
     assert theirs(ftfy.fix_text(TEXT))["input_ids"] == ids
 
 
+def test_row29_a_folder_that_cannot_be_written_to_is_named(hf, tmp_path):
+    """tokenizers itself raises a bare Exception, here and where the disk is full."""
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(OSError, match=f"{tmp_path}: the tokenizer could not be written, "):
+        hf.save(tmp_path)
+
+
+def test_a_word_without_end_is_learned_from_in_pieces():
+    """As a whole, a megabyte of base64 would take the trainer days."""
+    pieces = [(letter + "bc") * 1000 for letter in "dea"]
+    pieces = [piece[: module.LONGEST] for piece in pieces]
+    whole, cut = (Tokenizer.train([mark.join(pieces)], 40) for mark in ("", " "))
+    assert whole.fingerprint == cut.fingerprint
+    assert len(whole.encode("".join(pieces))) < len("".join(pieces)) / 3
+
+
 def test_an_unknown_style_is_named():
     with pytest.raises(ValueError, match="style: gpt2, expected hf or openai"):
         Tokenizer.train([TEXT], 100, style="gpt2")
