@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -13,11 +14,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from training.checkpoint import MANIFEST, Checkpoint, newest
 from training.store import sync
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 if TYPE_CHECKING:
     from training.config import PretrainConfig
@@ -184,10 +180,10 @@ _claimed: dict[Path, int] = {}  # the folder of this process's run: the descript
 def _claim(folder: Path) -> bool:
     """Locks a folder until this process ends or claims another; False if another process did.
 
-    Where there are no locks of folders, as on NFS and on Windows, nothing is locked.
+    Where there are no locks of folders, as on NFS, nothing is locked.
     """
     folder = folder.resolve()
-    if fcntl is not None and folder not in _claimed:
+    if folder not in _claimed:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
