@@ -2,8 +2,7 @@
 // a row to a thread.
 //
 // An `Epilogue` of a thread has kWidth neighbouring columns. For each row, `read` gets what it needs of
-// memory, early, and `apply` the elements, of which it keeps those that are inside the matrix; `finish`
-// ends 64 rows.
+// memory, early, and `apply` the elements; `finish` ends 64 rows.
 #pragma once
 
 #include "common/product_grid.cuh"
@@ -67,7 +66,7 @@ struct EpilogueStrip {
 #pragma unroll
                 for (int k = 0; k < 4; ++k) x[j + k] = four[k];
             }
-            epilogue.apply(m(at, i), x, inputs.vectors[i], inside(at, i));
+            if (inside(at, i)) epilogue.apply(m(at, i), x, inputs.vectors[i]);
         }
         warp_barrier();
     }

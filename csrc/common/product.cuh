@@ -237,7 +237,7 @@ struct SumParts {
         const bool inside = m < grid.M && n < grid.N;
         const auto input = Epilogue::read(p.epilogue, m, n, inside);
         Epilogue epilogue(p.epilogue, n, n < grid.N);
-        epilogue.apply(m, sum, input, inside);
+        if (inside) epilogue.apply(m, sum, input);
     }
 };
 

@@ -27,19 +27,17 @@ public:
         return {};
     }
 
-    // Without a branch, or the work on neighbouring rows would not overlap.
-    __device__ __forceinline__ void apply(
-        std::int64_t m, Vector<float, kWidth>& x, Input, bool inside) const {
+    __device__ __forceinline__ void apply(std::int64_t m, Vector<float, kWidth>& x, Input) const {
         const std::int64_t offset = m * p_.stride + n_;
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) x[i] += bias_[i];
         // Backward sees the rounded u, so the GELU is that of the rounded u.
         const Vector<T, kWidth> pre = narrow<T>(x);
-        p_.pre.store_vector(offset, pre, inside && p_.pre);
+        if (p_.pre) p_.pre.store_vector(offset, pre);
         Vector<float, kWidth> u = widen(pre);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) u[i] *= gelu_gate(u[i]);
-        p_.hidden.store_vector(offset, narrow<T>(u), inside);
+        p_.hidden.store_vector(offset, narrow<T>(u));
     }
 
     template <class Rows>
@@ -73,9 +71,7 @@ public:
         return p.pre.template load_vector<kWidth>(m * p.stride + n, inside);
     }
 
-    __device__ __forceinline__ void apply(
-        std::int64_t m, Vector<float, kWidth>& x, const Input& pre, bool inside) {
-        if (!inside) return;
+    __device__ __forceinline__ void apply(std::int64_t m, Vector<float, kWidth>& x, const Input& pre) {
         const Vector<float, kWidth> u = widen(pre);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {

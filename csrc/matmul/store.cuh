@@ -38,14 +38,13 @@ public:
         return sum;
     }
 
-    __device__ __forceinline__ void apply(
-        std::int64_t m, Vector<float, kWidth>& x, const Input& sum, bool inside) const {
+    __device__ __forceinline__ void apply(std::int64_t m, Vector<float, kWidth>& x, const Input& sum) const {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
             x[i] = x[i] * scale_ + bias_[i];
             if constexpr (kAccumulates) x[i] += sum[i];
         }
-        p_.out.store_vector(m * p_.stride + n_, narrow<Out>(x), inside);
+        p_.out.store_vector(m * p_.stride + n_, narrow<Out>(x));
     }
 
     template <class Rows>
