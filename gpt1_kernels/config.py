@@ -11,6 +11,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mini": {"vocab_size": 4096, "n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4},
 }
 
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Other names that `transformers` reads."""
+
 
 @dataclass
 class GPT1Config:
@@ -64,11 +72,15 @@ class GPT1Config:
     def from_dict(cls, values: Mapping[str, Any]) -> GPT1Config:
         """From the content of a `config.json`, Hugging Face's or ours."""
         known = {f.name for f in fields(cls)} - {"extra"}
-        values = dict(values)
+        values = {ALIASES.get(k, k): v for k, v in values.items()}
         if "id2label" in values:
             values.setdefault("num_labels", len(values["id2label"]))
         extra = {k: v for k, v in values.items() if k not in known}
         return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
+
+    def get_text_config(self, **_: Any) -> GPT1Config:
+        """Itself: where the Trainer of `transformers` keeps special tokens."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a `config.json` that `transformers` opens too."""

@@ -30,6 +30,13 @@ from gpt1_kernels.rng import (
 )
 
 IGNORE_INDEX = -100
+SUMMARY = {
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "summary_activation": None,
+    "summary_proj_to_labels": True,
+}
+"""What `transformers` calls GPT-1's multiple-choice head; it has others."""
 
 
 class ModelOutput(dict):
@@ -151,7 +158,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         *,
         output_attentions: bool = False,
         dropout_seeds: Tensor | None = None,
@@ -168,6 +175,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
             inputs_embeds: (..., T, C) in place of looked-up tokens.
             dropout_seeds: int64 (sites, 2), by default the next of `dropout_stream`; a training
                 loop passes the same to all micro-batches of an update.
+            return_dict: False returns a tuple.
             row_offset: tokens of the update that come before these.
             cache: what the model has seen of these sequences; the T tokens follow it and join it.
                 Padding is on the left, and its mask is given with the first tokens only.
@@ -242,7 +250,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
         output = ModelOutput(
             last_hidden_state=h, hidden_states=tuple(states) if output_hidden_states else None
         )
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
 
     def _embed(
         self,
@@ -288,8 +296,8 @@ class GPT1Model(nn.Module, PretrainedMixin):
         of_heads = shape[:-1].numel(), self.config.n_head, length, length
         return draw_ahead([seeds[attention_site(n)] for n in layers], of_heads, p, row_offset)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keeps only the blocks' inputs and recomputes the rest in backward."""
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Keeps only the blocks' inputs and recomputes the rest, whatever options are given."""
         self.gradient_checkpointing = True
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
@@ -326,7 +334,7 @@ class _Headed(nn.Module, PretrainedMixin):
     def dropout_stream(self) -> DropoutStream:
         return self.transformer.dropout_stream
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
         """See `GPT1Model.gradient_checkpointing_enable`."""
         self.transformer.gradient_checkpointing_enable()
 
@@ -337,15 +345,23 @@ class _Headed(nn.Module, PretrainedMixin):
     def _logits(self, h: Tensor) -> Tensor:
         return linear(h, self.transformer.tokens_embed.weight)
 
-    def _language_model_loss(self, h: Tensor, labels: Tensor) -> Tensor:
-        """Mean over labels[..., 1:], each predicted from the state before it."""
+    def _language_model_loss(
+        self, h: Tensor, labels: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Mean over labels[..., 1:], each predicted from the real token before it."""
         targets = torch.full_like(labels, IGNORE_INDEX)
         targets[..., :-1] = labels[..., 1:]
+        if attention_mask is not None:
+            targets.masked_fill_(attention_mask == 0, IGNORE_INDEX)
         return ops.linear_cross_entropy(h, self.transformer.tokens_embed.weight, targets)
 
 
 class GPT1LMHeadModel(_Headed, GenerationMixin):
     """GPT-1 with its language-model head, tied to the token table."""
+
+    def _get_name(self) -> str:
+        """By this name the Trainer of `transformers` knows a model that shifts its labels."""
+        return self._architecture
 
     def forward(
         self,
@@ -356,7 +372,7 @@ class GPT1LMHeadModel(_Headed, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
         return_logits: bool = False,
@@ -377,7 +393,7 @@ class GPT1LMHeadModel(_Headed, GenerationMixin):
             output_hidden_states, **kwargs,
         )  # fmt: skip
         h = output.last_hidden_state
-        loss = None if labels is None else self._language_model_loss(h, labels)
+        loss = None if labels is None else self._language_model_loss(h, labels, attention_mask)
         logits = None
         if return_logits or labels is None or not self.training:
             kept = (
@@ -387,7 +403,7 @@ class GPT1LMHeadModel(_Headed, GenerationMixin):
                 h if isinstance(kept, slice) and not logits_to_keep else h[..., kept, :]
             )
         result = ModelOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
-        return result if return_dict else result.to_tuple()
+        return result.to_tuple() if return_dict is False else result
 
 
 class MultipleChoiceHead(nn.Module):
@@ -395,6 +411,9 @@ class MultipleChoiceHead(nn.Module):
 
     def __init__(self, config: GPT1Config):
         super().__init__()
+        for key, expected in SUMMARY.items():
+            if config.extra.get(key, expected) != expected:
+                raise ValueError(f"{key}: {config.extra[key]!r}, expected {expected!r}")
         self.dropout_p = config.summary_first_dropout
         self.summary = nn.Linear(config.n_embd, 1)
         nn.init.normal_(self.summary.weight, std=config.initializer_range)
@@ -431,7 +450,7 @@ class GPT1DoubleHeadsModel(_Headed):
         labels: Tensor | None = None,
         mc_labels: Tensor | None = None,
         output_hidden_states: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         *,
         return_logits: bool = False,
         dropout_seeds: Tensor | None = None,
@@ -463,13 +482,13 @@ class GPT1DoubleHeadsModel(_Headed):
             mc_loss = cross_entropy(mc_logits.flatten(0, -2).float(), mc_labels.flatten())
         keep_logits = return_logits or labels is None or not self.training
         result = ModelOutput(
-            loss=None if labels is None else self._language_model_loss(h, labels),
+            loss=None if labels is None else self._language_model_loss(h, labels, attention_mask),
             mc_loss=mc_loss,
             logits=self._logits(h) if keep_logits else None,
             mc_logits=mc_logits,
             hidden_states=output.hidden_states,
         )
-        return result if return_dict else result.to_tuple()
+        return result.to_tuple() if return_dict is False else result
 
 
 class GPT1ForSequenceClassification(_Headed):
@@ -489,7 +508,7 @@ class GPT1ForSequenceClassification(_Headed):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple:
         """Runs the model; the arguments not named here are those of `GPT1Model.forward`.
@@ -512,7 +531,7 @@ class GPT1ForSequenceClassification(_Headed):
         logits = self.score(h[torch.arange(h.shape[0], device=h.device), self._last(input_ids, h)])
         loss = None if labels is None else self._loss(logits, labels)
         result = ModelOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
-        return result if return_dict else result.to_tuple()
+        return result.to_tuple() if return_dict is False else result
 
     def _last(self, input_ids: Tensor | None, h: Tensor) -> Tensor | int:
         pad = self.config.pad_token_id

@@ -5,29 +5,37 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt1_kernels.config import GPT1Config
+from gpt1_kernels.config import ALIASES, GPT1Config
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_STALE_MASK = re.compile(r"h\.\d+\.attn\.bias$")
+_BUFFER = re.compile(r"(h\.\d+\.attn\.bias|position_ids)$")  # of older releases of transformers
 _TABLE = "transformer.tokens_embed.weight"
 _HEADS = ("score.", "multiple_choice_head.", "classifier.")
+_OVERRIDES = {f.name for f in fields(GPT1Config)} | ALIASES.keys() | {"id2label", "label2id"}
 
 
 def read_config(folder: str | Path, **overrides) -> GPT1Config:
     """The configuration in a model folder; arguments and errors as of `from_pretrained`."""
+    if unknown := overrides.keys() - _OVERRIDES:
+        raise TypeError(
+            f"{', '.join(sorted(unknown))}: expected keys among {', '.join(sorted(_OVERRIDES))}"
+        )
     file = _required(folder, CONFIG)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not JSON, {error}") from None
+    if "id2label" in overrides:
+        values.pop("num_labels", None)
     return GPT1Config.from_dict({**values, **overrides})
 
 
@@ -41,14 +49,28 @@ def _required(folder: str | Path, name: str) -> Path:
 class PretrainedMixin:
     """`from_pretrained` and `save_pretrained` on a local folder."""
 
+    @property
+    def device(self) -> torch.device:
+        """That of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return next(self.parameters()).dtype
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype | None = None, **overrides: Any
+    ) -> Self:
         """Opens a folder written by `save_pretrained` here or in `transformers`.
 
         Args:
+            dtype: of the parameters; by default PyTorch's default, whatever that of the file.
             overrides: values that replace the configuration's.
 
         Raises:
+            TypeError: a value that no configuration has.
             FileNotFoundError: one of the two files is missing.
             ValueError: a file is damaged, or a tensor is missing, left over or of another shape;
                 the message names it.
@@ -60,19 +82,28 @@ class PretrainedMixin:
             raise ValueError(f"{weights}: not a whole safetensors file, {error}") from None
         model = cls(config)
         model.load_pretrained_state(state)
-        return model.eval()
+        return model.to(dtype=dtype).eval()
 
     def save_pretrained(
-        self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
+        self,
+        folder: str | Path,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        is_main_process: bool = True,
+        save_function: object = None,
     ) -> None:
         """Writes `model.safetensors` and `config.json`, creating the folder.
 
         Args:
             state_dict: weights to write instead of the model's own, such as a copy of earlier ones.
+            is_main_process: of several processes, which write nothing otherwise.
+            save_function: as `accelerate` passes it; nothing but safetensors writes.
 
         Raises:
             OSError: a file cannot be written; names it.
         """
+        if not is_main_process:
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state_dict = self.state_dict() if state_dict is None else state_dict
@@ -81,10 +112,12 @@ class PretrainedMixin:
             save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS}: could not be written, {error}") from None
-        text = json.dumps(
-            {**self.config.to_dict(), "architectures": [self._architecture]}, indent=2
-        )
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        config = {
+            **self.config.to_dict(),
+            "architectures": [self._architecture],
+            "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+        }
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def load_pretrained_state(self, state: Mapping[str, Tensor]) -> None:
         """Loads weights named as in `transformers`, with or without the `transformer.` prefix.
@@ -117,7 +150,7 @@ class PretrainedMixin:
 def _canonical(state: Mapping[str, Tensor], prefixed: bool) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
-        if _STALE_MASK.search(name):
+        if _BUFFER.search(name):
             continue
         if name == "lm_head.weight":
             name = _TABLE
@@ -127,5 +160,7 @@ def _canonical(state: Mapping[str, Tensor], prefixed: bool) -> dict[str, Tensor]
             if name.startswith(_HEADS):
                 continue
             name = name.removeprefix("transformer.")
+        if name in renamed and not torch.equal(renamed[name], tensor):
+            raise ValueError(f"{name}: two tensors that differ, expected one that the head shares")
         renamed[name] = tensor
     return renamed

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import tokenizers
 import torch
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
@@ -122,18 +123,57 @@ def test_ddp_has_the_gradients_of_the_whole_batch(tmp_path):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_the_trainer_of_transformers(tmp_path, bf16):
+@pytest.fixture
+def trainer(tmp_path):
+    """Makes a `transformers.Trainer`."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    examples = [{"input_ids": row, "labels": row} for row in torch.arange(4 * T).view(4, T) % V]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2,
-        report_to=[], bf16=bf16, use_cpu=DEVICE == "cpu", disable_tqdm=True, save_steps=2,
-    )  # fmt: skip
+
+    def make(model, *, processing_class=None, **options):
+        examples = [{"input_ids": row, "labels": row} for row in torch.arange(4 * T).view(4, T) % V]
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=1, report_to=[],
+            use_cpu=DEVICE == "cpu", disable_tqdm=True, **options,
+        )  # fmt: skip
+        return transformers.Trainer(
+            model, arguments, train_dataset=examples, eval_dataset=examples,
+            processing_class=processing_class,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"processing_class": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_trainer_of_transformers(trainer, tmp_path, options):
+    if "processing_class" in options:
+        transformers = pytest.importorskip("transformers")
+        letters = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, "<unk>"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="a")
+        options = {"processing_class": tokenizer}
     model = GPT1LMHeadModel(with_dropout())
     before = [p.clone() for p in model.parameters()]
-    trainer = transformers.Trainer(model, arguments, train_dataset=examples)
-    assert trainer.train().training_loss > 0
-    assert trainer.evaluate(examples)["eval_loss"] > 0
+    training = trainer(model, save_steps=2, **options)
+    assert training.train().training_loss > 0
+    assert training.evaluate()["eval_loss"] > 0
     assert not any(map(torch.equal, before, [p.cpu() for p in model.parameters()]))
+
+
+def test_the_trainer_shifts_the_labels_that_it_smooths(trainer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = randomised(GPT1LMHeadModel(config())).eval()
+    ours.save_pretrained(tmp_path / "model")
+    theirs = transformers.OpenAIGPTLMHeadModel.from_pretrained(tmp_path / "model").to(DEVICE).eval()
+    losses = []
+    for model in (ours, theirs):
+        inputs = {"input_ids": tokens(2, T), "labels": tokens(2, T)}
+        losses.append(trainer(model, label_smoothing_factor=0.1).compute_loss(model, inputs))
+    torch.testing.assert_close(*losses)

@@ -45,6 +45,21 @@ def test_language_model_against_the_oracle_in_fp64(model_config, row_offset):
         assert relative(gradient, parameters[name.removeprefix("transformer.")].grad) < 1e-5, name
 
 
+def test_row9_a_left_padded_batch_has_the_loss_of_the_sequences_alone():
+    model, ids = randomised(GPT1LMHeadModel(config())), tokens(2, T - 4)
+    padded = torch.nn.functional.pad(ids, (4, 0))
+    mask = (padded > 0).long()  # no token is 0
+    losses = (
+        model(ids, labels=ids).loss,
+        model(
+            padded, mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            labels=padded.masked_fill(mask == 0, -100),
+        ).loss,
+    )  # fmt: skip
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(x, [*model.parameters()]) for x in losses))
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU asserts")
 def test_a_position_out_of_range_beside_embeddings_raises():
     model = randomised(GPT1Model(config()))

@@ -58,8 +58,9 @@ def test_the_tied_table_is_saved_once_under_the_name_of_the_input(folder):
         lambda s: {("lm_head.weight" if k == TABLE else k): v for k, v in s.items()},
         lambda s: {**s, "lm_head.weight": s[TABLE].clone()},
         lambda s: {**s, "transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32)},
+        lambda s: {**s, "transformer.position_ids": torch.arange(32)},
     ],
-    ids=["no-prefix", "table-as-head", "table-twice", "stale-mask"],
+    ids=["no-prefix", "table-as-head", "table-twice", "mask", "positions"],
 )
 def test_names_that_other_releases_used(folder, change):
     expected = GPT1LMHeadModel.from_pretrained(folder)
@@ -89,8 +90,9 @@ def without(name):
             lambda s: {**s, TABLE: torch.ones(7, 48)},
             rf"{TABLE}: shape \(7, 48\), expected \(103, 48\)",
         ),
+        (lambda s: {**s, "lm_head.weight": 2 * s[TABLE]}, f"{TABLE}: two tensors that differ"),
     ],
-    ids=["missing", "unexpected", "shape"],
+    ids=["missing", "unexpected", "shape", "untied"],
 )
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
     edit(folder, change)
@@ -183,5 +185,40 @@ def test_a_configuration_survives_its_dictionary():
     assert c.num_labels == 2
     assert c.extra["n_special"] == 0
     assert GPT1Config.from_dict(c.to_dict()) == c
-    with pytest.raises(AttributeError):
-        c.n_embd = 3
+    aliases = {"num_hidden_layers": values.pop("n_layer"), "num_attention_heads": 4}
+    assert GPT1Config.from_dict({**values, **aliases}).n_layer == c.n_layer
+
+
+def test_arguments_that_a_configuration_does_not_have_are_named(folder):
+    with pytest.raises(TypeError, match="n_layers, tied: expected keys among afn, "):
+        GPT1LMHeadModel.from_pretrained(folder, n_layers=3, tied=False)
+    labels = dict.fromkeys(range(5), "x")
+    model = GPT1ForSequenceClassification.from_pretrained(folder, id2label=labels)
+    assert model.score.out_features == 5
+
+
+def test_the_dtype_is_that_of_the_weights(folder):
+    model = GPT1LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16)
+    assert (model.dtype, model.device.type) == (torch.bfloat16, "cpu")
+    for model, written in (
+        (model, "bfloat16"),
+        (GPT1LMHeadModel.from_pretrained(folder), "float32"),
+    ):
+        model.save_pretrained(folder)
+        assert json.loads((folder / "config.json").read_text())["dtype"] == written
+    model.half().save_pretrained(folder, is_main_process=False, save_function=torch.save)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("summary_type", "first"),
+        ("summary_use_proj", False),
+        ("summary_activation", "tanh"),
+        ("summary_proj_to_labels", False),
+    ],
+)
+def test_another_multiple_choice_head_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"{key}: {value!r}, expected"):
+        GPT1DoubleHeadsModel(config(extra={key: value}))
