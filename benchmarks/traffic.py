@@ -427,7 +427,7 @@ CALLS = {
     "gelu_ffn_bwd": Call(
         _gelu_ffn("bwd", C, F),
         lambda _, B: roofline.gelu_ffn_bwd(B * T, C, F, S, S),
-        counted_at=dict.fromkeys(COUNTING, (2.5, 3)),
+        counted_at={"triton": (2.5, 3), "cuda_host": (4, 5)},
     ),
     f"gelu_ffn_fwd of width {NARROW}": Call(
         _gelu_ffn("fwd", NARROW, 4 * NARROW),
