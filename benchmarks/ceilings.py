@@ -11,7 +11,7 @@ from benchmarks.roofline import Floor
 from benchmarks.timing import measure
 
 COPIED = {"cuda": 4 << 30, "cpu": 128 << 20}  # bytes, far more than any cache
-SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices of the product
+SIDE = {"cuda": 8192, "cpu": 512}  # of the matrices of the product
 ROUNDS = 11
 
 

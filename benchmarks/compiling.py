@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -16,7 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from benchmarks.sass import CUOBJDUMP, loop_accesses, main_loop, matrix_units
+from benchmarks.sass import (
+    CUOBJDUMP,
+    disassembled,
+    loop_accesses,
+    machine_code,
+    main_loop,
+    matrix_units,
+)
 from gpt1_kernels.backends.triton import launch
 
 PROCESSORS = 132
@@ -70,22 +77,28 @@ def compiling(capability: int, shared_memory: int, seen: Callable) -> Iterator[N
     launch.product_tiles.cache_clear()
 
 
-def disassembled(cubin: bytes) -> dict:
-    """Registers, stack and local memory of a kernel, and what `benchmarks.sass` reads from it."""
+def described(cubins: Sequence[bytes], capability: int) -> list[dict]:
+    """Registers, stack and local memory of kernels, and what `benchmarks.sass` reads from them."""
+    codes = [code for cubin in cubins for _, code in machine_code(cubin)]
+    texts = disassembled(codes, f"{capability}{'a' * (capability >= 90)}")
+    return [
+        _usage(cubin)
+        | {
+            "accesses": loop_accesses(text),
+            "matrix_units": sorted(matrix_units(text)),
+            "main_loop": main_loop(text),
+        }
+        for cubin, text in zip(cubins, texts, strict=True)
+    ]
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-
-        def dump(option: str) -> str:
-            command = [CUOBJDUMP, option, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage, text = dump("-res-usage"), dump("-sass")
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
         name: int(re.search(rf"{key}:(\d+)", usage)[1])
         for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))
-    } | {
-        "accesses": loop_accesses(text),
-        "matrix_units": sorted(matrix_units(text)),
-        "main_loop": main_loop(text),
     }

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import chain
+from pathlib import Path
 
-from benchmarks.sass import CUOBJDUMP, loop_accesses, main_loop, wide_share
+from benchmarks import sass
 from csrc.build import FOLDERS, sources
 from gpt1_kernels.backends.cuda import extension
 
@@ -87,21 +87,25 @@ def for_hopper(symbol: str) -> bool:
 @cache
 def disassembled(capability: int) -> dict[str, str]:
     """The SASS of each kernel that GPT-1 launches, by symbol."""
-    symbols: dict = {}
-    for row in reported(capability):
-        if not NOT_GPT1.search(row["symbol"]):
-            symbols.setdefault(row["object"], []).append(row["symbol"])
+    launched = [row for row in reported(capability) if not NOT_GPT1.search(row["symbol"])]
+    symbols, texts = {row["symbol"] for row in launched}, {}
+    for hopper in (False, True):
+        chip = f"{capability}{'a' * hopper}"
+        objects = dict.fromkeys(r["object"] for r in launched if for_hopper(r["symbol"]) is hopper)
+        kernels = [k for path in objects for k in sass.machine_code(_cubin(path, chip))]
+        codes = {symbol: code for symbol, code in kernels if symbol in symbols}
+        texts |= zip(codes, sass.disassembled([*codes.values()], chip), strict=True)
+    assert texts.keys() == symbols
+    return texts
 
-    def functions(file) -> list[str]:
-        chip = f"sm_{capability}{'a' if for_hopper(symbols[file][0]) else ''}"
-        command = [CUOBJDUMP, "-sass", "-arch", chip, "-fun", ",".join(symbols[file])]
-        run = subprocess.run([*command, file], capture_output=True, text=True, check=True)
-        return run.stdout.split("Function : ")[1:]
 
-    with ThreadPoolExecutor() as pool:
-        texts = list(chain.from_iterable(pool.map(functions, symbols)))
-    assert len(texts) == sum(map(len, symbols.values()))
-    return {text.split()[0]: text for text in texts}
+def _cubin(path: Path, chip: str) -> bytes:
+    """What an object has for a chip such as "90a"."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sass.CUOBJDUMP, "-xelf", f".sm_{chip}.", path]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        (file,) = Path(folder).iterdir()
+        return file.read_bytes()
 
 
 def rows(capability: int) -> dict[str, dict[str, float]]:
@@ -115,7 +119,7 @@ def rows(capability: int) -> dict[str, dict[str, float]]:
         found[f"{name}, {seen[name]}"] = {
             "registers": registers[symbol],
             "shared": kernels()[symbol]["max_shared_bytes"],
-            "main_loop": main_loop(text),
-            "wide share": wide_share(loop_accesses(text)),
+            "main_loop": sass.main_loop(text),
+            "wide share": sass.wide_share(sass.loop_accesses(text)),
         }
     return found

@@ -1,17 +1,24 @@
 """What a disassembled kernel says about itself: its loops, accesses to memory and matrix units.
 
-`text` is everywhere what `cuobjdump -sass` prints of one kernel.
+`text` is everywhere what `disassembled` returns of one kernel.
 """
 
 from __future__ import annotations
 
 import re
+import struct
+import subprocess
+import tempfile
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from math import inf
 from pathlib import Path
 
 import triton
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+CUOBJDUMP, NVDISASM = TOOLS / "cuobjdump", TOOLS / "nvdisasm"
 WIDE_SHARE = 0.95  # of the bytes that loops move, 16 or more at a time
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -21,6 +28,38 @@ _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 BULK_BYTES = 64
 """A bulk copy does not say how much it moves: 8 KB, one tile, shared by the 128 threads of it."""
+
+
+def machine_code(cubin: bytes) -> Iterator[tuple[str, bytes]]:
+    """The symbol and the instructions of each kernel in a cubin, an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
+    for at, _, _, _, start, length in sections:
+        at += sections[names][4]
+        name = cubin[at : cubin.index(b"\0", at)].decode()
+        if name.startswith(".text."):
+            yield name.removeprefix(".text."), cubin[start : start + length]
+
+
+def disassembled(codes: Sequence[bytes], chip: str) -> list[str]:
+    """The SASS of each of these instructions for a chip such as "90a".
+
+    All at once, since nvdisasm takes half a second to start: addresses go on from one to the next.
+    """
+    if not codes:
+        return []
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [NVDISASM, "--binary", f"SM{chip}", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ends = list(accumulate(map(len, codes)))
+    lines: list[list[str]] = [[] for _ in codes]
+    for line in text.splitlines():
+        if instruction := _INSTRUCTION.search(line):
+            lines[bisect(ends, int(instruction[1], 16))].append(line)
+    return list(map("\n".join, lines))
 
 
 def _instructions(text: str) -> list[tuple[int, list[str], str]]:

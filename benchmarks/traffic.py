@@ -17,7 +17,8 @@ GPT-1's training shape is too large for either. Once there are enough rows to oc
 the chip, 132 processors, its size is constant, and more sequences only lengthen the programs'
 loops: bytes are a + b · B exactly. They are counted at two small B and continued to B = 64.
 Attention's programs each work on one head, and so do those of its mask: a head or two are parts of
-a small B.
+a small B. What a program of a LayerNorm moves beside its rows, parameters and sums, is the same for
+each: bytes are a + b · B + c · processors, counted on one and two and continued to 132.
 
 A product's tiles read their operands whatever program they fall to, so its bytes grow by the row of
 tiles, from the first. The sums of the weights' gradients of `gelu_ffn` are split, the longer the
@@ -157,15 +158,15 @@ def _any_product(builder, a, b, accumulator, *options):
 
 
 @contextmanager
-def _counting_triton(shared_memory: int) -> Iterator[Traffic]:
-    """`counting` as on a chip of 132 processors."""
+def _counting_triton(processors: int, shared_memory: int) -> Iterator[Traffic]:
+    """`counting` as on a chip of so many processors."""
     caches = (
         launching.processors, launching.shared_memory, launching.product_tiles,
         launching.split_terms,
     )  # fmt: skip
     with (
         mock.patch.multiple(
-            launching, INTERPRETED_PROCESSORS=PROCESSORS, SMALLEST_SHARED_MEMORY=shared_memory
+            launching, INTERPRETED_PROCESSORS=processors, SMALLEST_SHARED_MEMORY=shared_memory
         ),
         mock.patch.object(tl, "philox", _any_bits),
         mock.patch.object(InterpreterBuilder, "create_dot", _any_product),
@@ -176,10 +177,10 @@ def _counting_triton(shared_memory: int) -> Iterator[Traffic]:
 
 
 @contextmanager
-def _counting_cuda(shared_memory: int) -> Iterator[Traffic]:
+def _counting_cuda(processors: int, shared_memory: int) -> Iterator[Traffic]:
     """The same on the CPU build of the CUDA kernels."""
     build, traffic = extension.module("cuda_host"), Traffic()
-    build.set_processors(PROCESSORS)
+    build.set_processors(processors)
     build.set_shared_memory(shared_memory)
     build.count_traffic(True)
     try:
@@ -216,12 +217,14 @@ class Call:
     `prepare(backend, B)` makes the inputs and returns what runs it; `floor(backend, B)` is its
     floor. On each backend it is counted at two batch sizes from which on the grid grows no more, or
     only with the batch; an op of rows takes part of a sequence, attention some of its heads.
+    `processors` are those of the chip, or two smaller numbers from which bytes are continued to it.
     """
 
     prepare: Callable[[str, float], Callable[[], object]]
     floor: Callable[[str, int], Floor]
     counted_at: dict[str, tuple[float, float]]
     shared_memory: int = SHARED_MEMORY
+    processors: tuple[int, ...] = (PROCESSORS,)
 
 
 def _layer_norm(op: str, direction: str) -> Callable:
@@ -358,28 +361,30 @@ def _linear_cross_entropy(backend: str, B: float):
     return unchecked
 
 
+ON_FEW = {"counted_at": dict.fromkeys(COUNTING, (1 / 8, 1 / 4)), "processors": (1, 2)}
+
 CALLS = {
     "layer_norm_fwd": Call(
         _layer_norm("layer_norm", "fwd"),
         lambda _, B: roofline.layer_norm_fwd(B * T, C, S, S),
-        counted_at={"triton": (4.125, 4.1875), "cuda_host": (5.25, 5.375)},
+        **ON_FEW,
     ),
     "layer_norm_bwd": Call(
         _layer_norm("layer_norm", "bwd"),
         lambda backend, B: roofline.layer_norm_bwd(B * T, C, S, S, PROGRAMS[backend]),
-        counted_at={"triton": (2.0625, 2.125), "cuda_host": (3.125, 3.25)},
+        **ON_FEW,
     ),
     "dropout_add_layer_norm_fwd": Call(
         _layer_norm("dropout_add_layer_norm", "fwd"),
         lambda _, B: roofline.dropout_add_layer_norm_fwd(B * T, C, S, S),
-        counted_at={"triton": (4.125, 4.1875), "cuda_host": (5.25, 5.375)},
+        **ON_FEW,
     ),
     "dropout_add_layer_norm_bwd": Call(
         _layer_norm("dropout_add_layer_norm", "bwd"),
         lambda backend, B: roofline.dropout_add_layer_norm_bwd(
             B * T, C, S, S, PROGRAMS[backend], readers=2
         ),
-        counted_at={"triton": (2.0625, 2.125), "cuda_host": (3.125, 3.25)},
+        **ON_FEW,
     ),
     "dropout_mask": Call(
         _dropout_mask,
@@ -422,7 +427,7 @@ CALLS = {
     "gelu_ffn_bwd": Call(
         _gelu_ffn("bwd", C, F),
         lambda _, B: roofline.gelu_ffn_bwd(B * T, C, F, S, S),
-        counted_at=dict.fromkeys(COUNTING, (4, 5)),
+        counted_at={"triton": (2.5, 3), "cuda_host": (4, 5)},
     ),
     f"gelu_ffn_fwd of width {NARROW}": Call(
         _gelu_ffn("fwd", NARROW, 4 * NARROW),
@@ -443,11 +448,11 @@ CALLS = {
 
 
 @cache
-def count(name: str, backend: str, B: float) -> tuple[int, int]:
-    """(compulsory, issued) bytes of a call at a batch size, on a data-centre chip."""
+def count(name: str, backend: str, B: float, processors: int | None = None) -> tuple[int, int]:
+    """(compulsory, issued) bytes of a call at a batch size, on the fewest processors it names."""
     call = CALLS[name]
     run = call.prepare(backend, B)
-    with COUNTING[backend](call.shared_memory) as traffic:
+    with COUNTING[backend](processors or call.processors[0], call.shared_memory) as traffic:
         run()
     return traffic.compulsory, traffic.issued
 
@@ -455,10 +460,14 @@ def count(name: str, backend: str, B: float) -> tuple[int, int]:
 def measure(name: str, backend: str) -> tuple[int, int, int]:
     """(compulsory, issued, floor) bytes of a call at GPT-1's training shape, B = 64."""
     call = CALLS[name]
-    first, second = call.counted_at[backend]
-    steps = round((BATCH - second) / (second - first))
-    counts = zip(count(name, backend, first), count(name, backend, second), strict=True)
-    compulsory, issued = (b + (b - a) * steps for a, b in counts)
+    B, larger_B = call.counted_at[backend]
+    total = counted = np.array(count(name, backend, B))
+    total = total + (count(name, backend, larger_B) - counted) * round((BATCH - B) / (larger_B - B))
+    if len(call.processors) > 1:
+        few, more = call.processors
+        steps = round((PROCESSORS - few) / (more - few))
+        total = total + (count(name, backend, B, more) - counted) * steps
+    compulsory, issued = total.tolist()
     return compulsory, issued, call.floor(backend, BATCH).bytes
 
 

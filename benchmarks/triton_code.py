@@ -15,13 +15,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from benchmarks.compiling import compiling, disassembled
+from benchmarks import compiling
 from benchmarks.launchers import GPT1
 from benchmarks.sass import wide_share
 
@@ -69,15 +70,19 @@ def without_interpreter(*arguments: str) -> list | dict:
     return json.loads(run.stdout)
 
 
-def described(kernel, constants: dict, compiled, shared_limit: int) -> dict:
-    """A kernel as `benchmarks.compiling.compiling` hands it over."""
-    return {
-        "kernel": kernel.__name__,
-        "constants": str(constants),
-        "shared": compiled.metadata.shared,
-        "shared_limit": shared_limit,
-        **disassembled(compiled.asm["cubin"]),
-    }
+def described(kernels: Sequence[tuple], capability: int) -> list[dict]:
+    """Kernels as `benchmarks.compiling.compiling` hands them over, each with its `shared_limit`."""
+    codes = compiling.described([binary.asm["cubin"] for *_, binary, _ in kernels], capability)
+    return [
+        {
+            "kernel": kernel.__name__,
+            "constants": str(constants),
+            "shared": binary.metadata.shared,
+            "shared_limit": shared_limit,
+            **code,
+        }
+        for (kernel, constants, binary, shared_limit), code in zip(kernels, codes, strict=True)
+    ]
 
 
 def compile_all(capability: int, dtype: str) -> list[dict]:
@@ -87,11 +92,13 @@ def compile_all(capability: int, dtype: str) -> list[dict]:
         for op, run in GPT1.items():
 
             def seen(kernel, constants, compiled, op=op, limit=limit):
-                found.setdefault(compiled.hash, (op, kernel, constants, compiled, limit))
+                found.setdefault(compiled.hash, (op, (kernel, constants, compiled, limit)))
 
-            with compiling(capability, limit, seen):
+            with compiling.compiling(capability, limit, seen):
                 run(getattr(torch, dtype))
-    return [{"op": op, **described(*kernel)} for op, *kernel in found.values()]
+    ops, kernels = zip(*found.values(), strict=True)
+    rows = described(kernels, capability)
+    return [{"op": op, **row} for op, row in zip(ops, rows, strict=True)]
 
 
 if __name__ == "__main__":

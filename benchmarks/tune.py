@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from benchmarks.compiling import compiling, disassembled
+from benchmarks.compiling import compiling, described
 from benchmarks.families import FAMILIES, Family
 from benchmarks.launchers import GPT1
 from benchmarks.occupancy import CHIPS, Chip, resident_programs
@@ -92,10 +92,13 @@ def compiled(family: Family, change: dict, capability: int, config: TuneConfig) 
     with compiling(capability, config.shared_memory * 1024, seen), choosing(family, change):
         GPT1[family.op](getattr(torch, config.dtype))
     constants = next(iter(found.values()))[0]
+    binaries = [binary for _, binary in found.values()]
     kernels = [
-        disassembled(binary.asm["cubin"])
+        code
         | {"shared": binary.metadata.shared, "tensor": getattr(binary.metadata, "tmem_size", 0)}
-        for _, binary in found.values()
+        for binary, code in zip(
+            binaries, described([b.asm["cubin"] for b in binaries], capability), strict=True
+        )
     ]
     tiles = family.tiles(**{f.name: constants[f.name] for f in fields(family.tiles)})
     return tiles, {figure: max(k[figure] or 0 for k in kernels) for figure in FIGURES}

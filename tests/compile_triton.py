@@ -80,15 +80,15 @@ def probes(capability: int) -> list[dict]:
         (transposing_kernel, (x, x, 16, 7), {"BLOCK": 1024}),
         (crowded_kernel, (x.float(), x.float()), {"BLOCK": 65536}),
     ]
-    rows = []
+    found = []
 
     def seen(*kernel):
-        rows.append(described(*kernel, SMALLEST_SHARED_MEMORY))
+        found.append((*kernel, SMALLEST_SHARED_MEMORY))
 
     with compiling(capability, SMALLEST_SHARED_MEMORY, seen):
         for kernel, args, constants in launches:
             kernel[1,](*args, **constants)
-    return rows
+    return described(found, capability)
 
 
 if __name__ == "__main__":

@@ -182,29 +182,30 @@ def test_row26_an_old_gpu_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        *[(name, name) for name in backends.BACKENDS],
-        ("auto", "None"),
-        (
-            "nonsense",
-            "GPT1_KERNELS_BACKEND: 'nonsense', expected one of auto, triton, cuda, cuda_host",
-        ),
-    ],
+    ("value", "expected"), [*[(name, name) for name in backends.BACKENDS], ("auto", None)]
 )
-def test_the_environment_chooses(value, expected):
-    out, stderr = python(
-        "from gpt1_kernels import backends; print(backends._environment_choice())",
-        GPT1_KERNELS_BACKEND=value,
-    )
-    assert expected in out + stderr
+def test_the_environment_chooses(value, expected, monkeypatch):
+    monkeypatch.setenv("GPT1_KERNELS_BACKEND", value)
+    assert backends._environment_choice.__wrapped__() == expected
+
+
+def test_the_environment_cannot_choose_what_is_not_there(monkeypatch):
+    monkeypatch.setenv("GPT1_KERNELS_BACKEND", "nonsense")
+    message = "^GPT1_KERNELS_BACKEND: 'nonsense', expected one of auto, triton, cuda, cuda_host"
+    with pytest.raises(ValueError, match=message):
+        backends._environment_choice.__wrapped__()
 
 
 def test_importing_is_quick_and_leaves_triton_alone():
+    """In one of three processes at least: another may have had to wait for a core."""
     code = (
         "import torch, sys, time; start = time.perf_counter(); import gpt1_kernels\n"
         "print(time.perf_counter() - start, 'triton' in sys.modules)"
     )
-    runs = [python(code)[0].split() for _ in range(3)]
-    assert {triton for _, triton in runs} == {"False"}
-    assert min(float(seconds) for seconds, _ in runs) < IMPORT_SECONDS
+
+    def seconds() -> float:
+        taken, triton = python(code)[0].split()
+        assert triton == "False"
+        return float(taken)
+
+    assert any(seconds() < IMPORT_SECONDS for _ in range(3))

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,8 +69,6 @@ LIMITS = {
 BOTH = "triton", "cuda_host"
 
 SLOW = {
-    "layer_norm_fwd": BOTH,
-    "dropout_add_layer_norm_bwd": BOTH,
     "embedding_fwd": ("triton",),
     "gelu_ffn_fwd": BOTH,
     "gelu_ffn_bwd": BOTH,
@@ -105,8 +104,10 @@ def test_traffic_of_gpt1(name, backend):
     assert limit.issued is None or issued <= limit.issued * floor
 
 
+ON_FEW = tuple(name for name, call in traffic.CALLS.items() if len(call.processors) > 1)
+
 LINEAR = (
-    "dropout_add_layer_norm_bwd",
+    *ON_FEW,
     "dropout_mask",
     "causal_attention_qkvpacked_fwd",
     "causal_attention_qkvpacked_bwd",
@@ -123,6 +124,21 @@ def test_bytes_are_linear_in_the_batch(name, backend):
     sizes = first, second, 2 * second - first
     one, two, three = (traffic.count(name, backend, B) for B in sizes)
     assert three == tuple(2 * b - a for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(("name", "backend"), counted(ON_FEW))
+def test_bytes_are_linear_in_the_processors_at_any_batch(name, backend):
+    B, larger_B = traffic.CALLS[name].counted_at[backend]
+    few, more = traffic.CALLS[name].processors
+
+    def of_programs(B, processors):
+        return np.subtract(
+            traffic.count(name, backend, B, processors), traffic.count(name, backend, B)
+        ).tolist()
+
+    once = of_programs(B, more)
+    assert of_programs(B, 2 * more - few) == [2 * n for n in once]
+    assert of_programs(larger_B, more) == once
 
 
 @triton.jit
