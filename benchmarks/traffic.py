@@ -361,7 +361,7 @@ def _linear_cross_entropy(backend: str, B: float):
     return unchecked
 
 
-ON_FEW = {"counted_at": dict.fromkeys(COUNTING, (1 / 8, 1 / 4)), "processors": (1, 2)}
+ON_FEW = {"counted_at": dict.fromkeys(COUNTING, (3 / 16, 1 / 4)), "processors": (1, 2)}
 
 CALLS = {
     "layer_norm_fwd": Call(
