@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from gpt1_kernels import ops
+from gpt1_kernels.backends import log_once
 from gpt1_kernels.cache import LayerCache
 from gpt1_kernels.rng import draw_seed
 
@@ -110,7 +111,7 @@ class GeluFFN(nn.Module):
         n_hidden: F, by default 4C.
         c_fc, c_proj: the two projections; by default `Conv1D`, or an `nn.Linear` each, whose
             weight is read in place. Any other module, and one with hooks or without c_fc's bias,
-            is called instead, with PyTorch's GELU between the two.
+            is called instead, with PyTorch's GELU between the two, which is logged once.
     """
 
     def __init__(
@@ -132,12 +133,13 @@ class GeluFFN(nn.Module):
             ValueError: the output bias cannot be left out of a projection that is called.
         """
         if not (_is_affine(self.c_fc) and _is_affine(self.c_proj)) or self.c_fc.bias is None:
+            called = (
+                f"{type(self.c_fc).__name__} and {type(self.c_proj).__name__} with hooks, without "
+                "a bias or with a forward of their own"
+            )
             if not add_bias:
-                raise ValueError(
-                    f"add_bias: False, expected projections that are read in place, not "
-                    f"{type(self.c_fc).__name__} and {type(self.c_proj).__name__} with hooks or "
-                    "a forward of their own"
-                )
+                raise ValueError(f"add_bias: False, expected weights to read, not {called}")
+            log_once(f"gelu_ffn: not fused: {called}")
             return self.c_proj(gelu(self.c_fc(x), approximate="tanh"))
         bias = self.c_proj.bias if add_bias else None
         return ops.gelu_ffn(x, _in_out(self.c_fc), self.c_fc.bias, _in_out(self.c_proj), bias)

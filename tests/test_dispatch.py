@@ -107,7 +107,7 @@ def test_what_a_backend_refuses_falls_back(monkeypatch, caplog, head_size, dtype
 
     monkeypatch.setattr(attention, "DTYPES", (torch.float16,), raising=False)
     monkeypatch.setattr(backends, "unavailable_reason", unavailable_reason)
-    for function in (backends._takes_dtype, backends._log_fallback):
+    for function in (backends._takes_dtype, backends.log_once):
         monkeypatch.setattr(backends, function.__name__, function.__wrapped__)
     call = partial(backends.automatic_choice, "causal_attention", "cuda", dtype)
     assert call(head_size=head_size) == chosen
@@ -122,7 +122,7 @@ def test_what_a_backend_refuses_falls_back(monkeypatch, caplog, head_size, dtype
 
 def test_a_fallback_is_logged_once(caplog):
     for _ in range(2):
-        backends._log_fallback("causal_attention", "triton", "a reason of this test")
+        backends.log_once("a message of this test")
     assert len(caplog.records) == 1
 
 

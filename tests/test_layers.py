@@ -12,6 +12,7 @@ from gpt1_kernels import (
     GeluFFN,
     LayerNorm,
     LinearCrossEntropyLoss,
+    layers,
     reference,
     rng,
 )
@@ -156,11 +157,15 @@ def patched(n_in, n_out):
 
 
 @pytest.mark.parametrize("projection", [LowRank, without_bias, pruned, hooked, patched])
-def test_projections_that_do_more_than_their_weight_says_are_called(projection):
+def test_projections_that_do_more_than_their_weight_says_are_called(projection, monkeypatch):
+    logged = []
+    monkeypatch.setattr(layers, "log_once", logged.append)
     c_fc, c_proj = projection(WIDTH, 2 * WIDTH).to(DEVICE), projection(2 * WIDTH, WIDTH).to(DEVICE)
     x, ffn = torch.randn(3, WIDTH, device=DEVICE), GeluFFN(WIDTH, c_fc=c_fc, c_proj=c_proj)
     for _ in range(2):  # what a hook prepares is for one update
         ffn(x).sum().backward()
+    assert all(message.startswith("gelu_ffn: not fused: ") for message in logged)
+    assert len(logged) == 2
     actual = [p.grad / 2 for p in ffn.parameters()]
     ffn.zero_grad()
     expected = c_proj(functional.gelu(c_fc(x), approximate="tanh"))

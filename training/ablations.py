@@ -7,7 +7,6 @@ pre-trained block is worth.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -80,7 +79,7 @@ def main(config: AblationsConfig) -> None:
             "seeds": list(seeds_of(config)),
             "tasks": {k: asdict(c) for k, c in comparisons.items()},
         }
-        file.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n")
+        run.write_json(file.with_suffix(".json"), values)
         file.write_text(table_of(comparisons), encoding="utf-8")
         draw(comparisons, file.with_suffix(".png"))
     print(file.read_text(encoding="utf-8"), end="")

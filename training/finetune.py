@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -64,8 +63,8 @@ def main(config: FinetuneConfig) -> None:
         return
     spreads = scores.spread([result["validation"] for result in finetune_seeds(config, setup)])
     summary = {name: asdict(spread) for name, spread in spreads.items()}
-    text = json.dumps({"seeds": list(seeds_of(config)), "validation": summary}, indent=2)
-    (config.out / SUMMARY).write_text(text + "\n")
+    values = {"seeds": list(seeds_of(config)), "validation": summary}
+    run.write_json(config.out / SUMMARY, values)
     for name, s in spreads.items():
         print(
             f"{name} over {config.seeds} seeds: median {s.median:.3f} ({s.low:.3f} to "

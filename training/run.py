@@ -138,8 +138,8 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Writes an object beside and renames it, so that the file is whole or as it was.
+def write_json(file: Path, values: Mapping[str, Any] | list) -> None:
+    """Writes values beside and renames it, so that the file is whole or as it was.
 
     Raises:
         OSError: it cannot be written; names it, also where the disk is full.

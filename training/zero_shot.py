@@ -12,7 +12,6 @@ The paper's heuristics (its section 5 and figure 2, right), over all checkpoints
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,7 +112,7 @@ def main(config: ZeroShotConfig) -> None:
         }
         rows.append({"step": step, "scores": scores, "normalised": normalised})
         print(f"update {step}: " + ", ".join(f"{name} {x:.3f}" for name, x in scores.items()))
-        (out / "zero_shot.json").write_text(json.dumps(rows, indent=2) + "\n")
+        run.write_json(out / "zero_shot.json", rows)
     if not rows:
         raise ValueError(f"{config.run}: none of {len(found)} checkpoints can be used")
     plot_zero_shot(rows, out / "zero_shot.png")

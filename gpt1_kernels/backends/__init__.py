@@ -132,7 +132,7 @@ def automatic_choice(op: str, device: str, dtype: torch.dtype, **sizes: int) -> 
         reason = unavailable_reason(name, op, device) or refusal(name, op, dtype, sizes)
         if reason is None:
             return name
-        _log_fallback(op, name, reason)
+        log_once(f"{op}: not on backend {name}: {reason}")
     raise AssertionError("portable serves every op")
 
 
@@ -162,8 +162,9 @@ def _max_size(backend: str, op: str, name: str) -> int | None:
 
 
 @_constant
-def _log_fallback(op: str, backend: str, reason: str) -> None:
-    _logger.warning("%s: not on backend %s: %s", op, backend, reason)
+def log_once(message: str) -> None:
+    """A warning, the first time; also where torch.compile traces."""
+    _logger.warning("%s", message)
 
 
 @_constant
