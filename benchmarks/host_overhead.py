@@ -2,9 +2,9 @@
 
     python -m benchmarks.host_overhead [triton | cuda_host | cuda]
 
-The calls are tiny. On a CPU their launches do nothing: what remains is what Python, PyTorch's
-dispatcher and autograd, and the allocator take; Triton's own launch, some microseconds, and the
-conversion of a CUDA launcher's arguments are left out. On a GPU everything is in.
+The calls are tiny. On a CPU no kernel runs: what remains is what Python, PyTorch's dispatcher and
+autograd, the allocator, and the launchers in C++ take; Triton's own launch, some microseconds, is
+left out. On a GPU everything is in.
 
 The empty op that is subtracted has as many tensors: one `torch.library` op for each of the op's
 own, which does no more than allocate what that one returns, in one `autograd.Function`. Calls of
@@ -133,24 +133,13 @@ def _launching_nothing(backend: str) -> Iterator[None]:
     def not_started(kernel, grid) -> Callable:
         return nothing
 
-    class Module:
-        """The compiled module, but that its launchers do nothing."""
-
-        def __getattr__(self, name: str) -> Callable:
-            if name == "layer_norm_bwd_blocks":  # not a launcher
-                return extension.module("cuda_host").layer_norm_bwd_blocks
-            return nothing
-
-    module = Module()
-
-    def prepared(backend: str, index: int) -> Module:
-        return module
-
-    with (
-        mock.patch.object(KernelInterface, "__getitem__", not_started),
-        mock.patch.object(extension, "_prepared", prepared),
-        unchecked_ids(backend),
-    ):
+    with ExitStack() as undone, unchecked_ids(backend):
+        if backend == "cuda_host":
+            host = extension.module(backend)
+            host.set_launching(False)
+            undone.callback(host.set_launching, True)
+        else:
+            undone.enter_context(mock.patch.object(KernelInterface, "__getitem__", not_started))
         yield
 
 

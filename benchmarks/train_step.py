@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import resource
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,9 @@ def peak_megabytes(library: str, dtype: str, dropout: float, B: int = 2, T: int 
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # `getrusage` would tell of the process that started this one, if that was larger.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// The launchers as Python functions: tensors as (address, extent), a stream as (device, handle).
+// The launchers as Python functions, which take tensors, and a stream as (device, handle).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,7 @@
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "matmul/matmul.h"
 #include "platform/runtime.h"
+#include "platform/tensors.h"
 
 PYBIND11_MODULE(GPT1_KERNELS_MODULE, module) {
     using namespace gpt1;

@@ -421,3 +421,12 @@ def test_a_captured_update_is_measured_without_its_memory(monkeypatch):
     assert not found.problems
     peaks = {result.implementation: result.peak_bytes for result in found.results["step"]}
     assert peaks == {"eager": 1, "captured": None, "bare products": 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is read from /proc")
+def test_peak_memory_is_that_of_the_process_itself():
+    """`getrusage` tells a process of the peak of the one that started it."""
+    large = bytearray(2**30)
+    code = "from benchmarks.train_step import _peak_bytes; print(_peak_bytes())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < len(large) <= train_step._peak_bytes()

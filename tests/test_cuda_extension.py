@@ -1,6 +1,6 @@
 """Loading the compiled extension, and what the launchers need from it."""
 
-import json
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -24,9 +24,9 @@ print(*module.versions())
 
 
 CALL_WITHOUT_A_GPU = """
-import json, sys
+import pickle, sys
 from gpt1_kernels import _cuda
-for function, args in json.load(sys.stdin):
+for function, args in pickle.load(sys.stdin.buffer):
     try:
         getattr(_cuda, function)(*args, (0, 0))
     except RuntimeError as error:
@@ -105,10 +105,10 @@ def test_without_a_gpu_every_launcher_comes_as_far_as_the_driver(monkeypatch):
     assert {function for function, _ in calls} == launchers - NO_LAUNCHERS
     run = subprocess.run(
         [sys.executable, "-c", CALL_WITHOUT_A_GPU],
-        input=json.dumps(calls), capture_output=True, text=True, check=False,
+        input=pickle.dumps(calls), capture_output=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [function for function, _ in calls]
+    assert run.returncode == 0, run.stderr.decode()
+    assert run.stdout.decode().split() == [function for function, _ in calls]
 
 
 def test_the_host_module_says_that_it_is_for_tests():
@@ -199,29 +199,3 @@ def test_a_launch_goes_to_the_device_and_stream_of_the_tensor(
     extension._prepared.cache_clear()
     assert calls == [("prepare", index), (3, (index, stream)), (4, (index, stream))]
     assert launches == {(backend, "kernel"): 2}
-
-
-NUMBERS = torch.arange(60).reshape(3, 4, 5)
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        pytest.param(NUMBERS, id="contiguous"),
-        pytest.param(NUMBERS[1], id="from the middle"),
-        pytest.param(NUMBERS.transpose(0, 2), id="transposed"),
-        pytest.param(NUMBERS[:, 1:3, ::2], id="with gaps"),
-        pytest.param(NUMBERS[:1].expand(7, 4, 5), id="one row for many"),
-        pytest.param(NUMBERS[2, 3, 4], id="0-d"),
-    ],
-)
-def test_a_view_spans_from_the_first_element_to_the_last(tensor):
-    address, extent = extension.view(tensor)
-    first, last = int(tensor.min()), int(tensor.max())  # each element is its own offset
-    assert address == NUMBERS.data_ptr() + first * NUMBERS.element_size()
-    assert extent == last - first + 1
-
-
-@pytest.mark.parametrize("tensor", [None, NUMBERS[:0], NUMBERS[:, :, 5:]])
-def test_a_view_of_nothing_is_empty(tensor):
-    assert extension.view(tensor) == (0, 0)

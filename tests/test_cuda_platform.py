@@ -72,13 +72,12 @@ def test_bank_conflicts_are_counted_where_they_happen(order):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_pattern_widens_as_in_torch_and_comes_back(dtype):
-    code = extension.DTYPE_CODES[dtype]
     expected = PATTERNS.to(torch.int16).view(dtype).float()
-    widened = torch.tensor(_cuda_host.widened(code, PATTERNS.tolist()))
+    widened = torch.tensor(_cuda_host.widened(dtype, PATTERNS.tolist()))
     nan = expected.isnan()
     assert torch.equal(widened.isnan(), nan)
     assert torch.equal(widened[~nan].view(torch.int32), expected[~nan].view(torch.int32))
-    narrowed = torch.tensor(_cuda_host.narrowed(code, widened.tolist()))
+    narrowed = torch.tensor(_cuda_host.narrowed(dtype, widened.tolist()))
     assert torch.equal(narrowed[~nan], PATTERNS[~nan])
     assert _is_nan(narrowed[nan], dtype).all()
 
@@ -93,9 +92,46 @@ def test_floats_round_to_the_nearest_and_ties_to_even(dtype):
     halfway = (finite[1:] + finite[:-1]).div(2).float()
     around = torch.cat([halfway, *(halfway.nextafter(torch.tensor(s)) for s in (-1e38, 1e38))])
     expected = around.to(dtype).view(torch.int16).int() & 0xFFFF
-    actual = torch.tensor(_cuda_host.narrowed(extension.DTYPE_CODES[dtype], around.tolist()))
+    actual = torch.tensor(_cuda_host.narrowed(dtype, around.tolist()))
     assert torch.equal(actual, expected)
 
 
 def _is_nan(patterns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return patterns.to(torch.int16).view(dtype).isnan()
+
+
+NUMBERS = torch.arange(60).reshape(3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(NUMBERS, id="contiguous"),
+        pytest.param(NUMBERS[1], id="from the middle"),
+        pytest.param(NUMBERS.transpose(0, 2), id="transposed"),
+        pytest.param(NUMBERS[:, 1:3, ::2], id="with gaps"),
+        pytest.param(NUMBERS[:1].expand(7, 4, 5), id="one row for many"),
+        pytest.param(NUMBERS[2, 3, 4], id="0-d"),
+    ],
+)
+def test_a_launcher_takes_a_tensor_from_its_first_element_to_its_last(tensor):
+    address, extent = _cuda_host.array(tensor)
+    first, last = int(tensor.min()), int(tensor.max())  # each element is its own offset
+    assert address == NUMBERS.data_ptr() + first * NUMBERS.element_size()
+    assert extent == last - first + 1
+
+
+@pytest.mark.parametrize("tensor", [None, NUMBERS[:0], NUMBERS[:, :, 5:]])
+def test_a_launcher_takes_nothing_of_a_tensor_without_elements(tensor):
+    assert _cuda_host.array(tensor) == (0, 0)
+
+
+@pytest.mark.parametrize("no_tensor", [7, "x", [NUMBERS]])
+def test_a_launcher_takes_tensors_alone(no_tensor):
+    with pytest.raises(AttributeError, match="numel"):
+        _cuda_host.array(no_tensor)
+
+
+def test_a_launcher_names_the_dtypes_that_it_takes():
+    with pytest.raises(TypeError, match=r"torch\.float64, expected float32, bfloat16 or float16"):
+        _cuda_host.widened(torch.float64, [])

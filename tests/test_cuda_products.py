@@ -22,7 +22,7 @@ if all(unavailable_reason(name, "gelu_ffn", DEVICE) for name in ("cuda", "cuda_h
 
 from gpt1_kernels.backends.cuda import extension, ffn
 from gpt1_kernels.backends.cuda import linear_cross_entropy as lce
-from gpt1_kernels.backends.cuda.matmul import aligned, column_sums, matmul, matrix
+from gpt1_kernels.backends.cuda.matmul import aligned, column_sums, matmul
 from gpt1_kernels.backends.logits import padded_vocabulary
 
 BACKEND = "cuda" if DEVICE == "cuda" else "cuda_host"
@@ -172,9 +172,8 @@ def test_a_vocabulary_beyond_shared_memory(dtype, order):
     expected.sum().backward()
 
     extension.launch(
-        "cross_entropy", logits, extension.DTYPE_CODES[dtype],
-        extension.view(logits), *logits.shape, V, extension.view(targets), (0, 0), (0, 0),
-        extension.view(losses), (0, 0), -100, True,
+        "cross_entropy", logits, dtype,
+        logits, *logits.shape, V, targets, None, None, losses, None, -100, True,
     )  # fmt: skip
     assert_close("losses", losses, expected.float(), expected, FP32)
     assert_close("gradient", logits[:, :V], leaf.grad.to(dtype), leaf.grad, dtype)
@@ -183,9 +182,9 @@ def test_a_vocabulary_beyond_shared_memory(dtype, order):
 
 @on_host
 def test_column_sums_of_more_matrices_than_a_launch_takes_are_refused():
-    x, total = torch.ones(1, 8), extension.typed_view(torch.empty(8))
+    x, total = torch.ones(1, 8), torch.empty(8)
     with pytest.raises(ValueError, match="column_sums: totals=4, expected at most 3"):
-        extension.launch("column_sums", x, 0, matrix(x), [total] * 4, 1)
+        extension.launch("column_sums", x, x.dtype, x, [total] * 4, 1)
 
 
 NEEDS = {"x": (2, 0), "w_fc": (2, 0), "b_fc": (1, 1), "w_proj": (1, 0), "b_proj": (0, 1)}

@@ -6,9 +6,12 @@
 
 namespace gpt1 {
 
-/// (B, T, H, D) with a contiguous last axis: address, extent, and the strides of B, T and H. A head's
-/// rows start at multiples of 16 bytes, and D is a multiple of 8. Extent 0 if absent.
-using HeadsArray = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+/// (B, T, H, D) with a contiguous last axis, or absent. A head's rows start at multiples of 16 bytes, and D
+/// is a multiple of 8.
+struct HeadsArray {
+    Array array;
+    std::int64_t stride_b = 0, stride_t = 0, stride_h = 0;
+};
 
 /// B, H, Tq, Tk and D.
 using AttentionSizes = std::tuple<int, int, int, int, int>;
@@ -19,7 +22,7 @@ void causal_attention_fwd(HeadsArray q, HeadsArray k, HeadsArray v,
                           Array first_key,  // (B,), int32, or absent
                           HeadsArray o,
                           Array lse,  // (B, H, Tq), fp32
-                          AttentionSizes sizes, float scale, float keep_scale, int dtype, Stream stream);
+                          AttentionSizes sizes, float scale, float keep_scale, DType dtype, Stream stream);
 
 /// dQ, dK and dV, those that are not absent. A chip with enough shared memory needs one kernel for a
 /// head of up to 512 queries; elsewhere there is one for dQ and delta, and one for dK and dV.
@@ -27,6 +30,6 @@ void causal_attention_bwd(HeadsArray dout, HeadsArray q, HeadsArray k, HeadsArra
                           Array keep_bits, Array first_key,
                           Array delta,  // (B, H, Tq), fp32, a workspace
                           HeadsArray dq, HeadsArray dk, HeadsArray dv, AttentionSizes sizes, float scale,
-                          float keep_scale, int dtype, Stream stream);
+                          float keep_scale, DType dtype, Stream stream);
 
 }  // namespace gpt1

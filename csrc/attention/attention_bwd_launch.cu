@@ -12,7 +12,7 @@ std::int64_t tiles(int length, int tile) { return (length + tile - 1) / tile; }
 
 void causal_attention_bwd(HeadsArray dout, HeadsArray q, HeadsArray k, HeadsArray v, HeadsArray o, Array lse,
                           Array keep_bits, Array first_key, Array delta, HeadsArray dq, HeadsArray dk,
-                          HeadsArray dv, AttentionSizes sizes, float scale, float keep_scale, int dtype,
+                          HeadsArray dv, AttentionSizes sizes, float scale, float keep_scale, DType dtype,
                           Stream stream) {
     const AttentionProblem problem(keep_bits, first_key, sizes, scale, keep_scale);
     const std::int64_t heads = std::int64_t{problem.B} * problem.H;

@@ -19,11 +19,8 @@ struct Heads {
     std::int64_t stride_b, stride_t, stride_h;
 
     Heads() = default;
-    explicit Heads(const HeadsArray& array)
-        : x(Array(std::get<0>(array), std::get<1>(array))),
-          stride_b(std::get<2>(array)),
-          stride_t(std::get<3>(array)),
-          stride_h(std::get<4>(array)) {}
+    explicit Heads(const HeadsArray& heads)
+        : x(heads.array), stride_b(heads.stride_b), stride_t(heads.stride_t), stride_h(heads.stride_h) {}
 
     __host__ __device__ __forceinline__ explicit operator bool() const { return static_cast<bool>(x); }
 };

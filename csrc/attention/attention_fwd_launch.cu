@@ -7,7 +7,7 @@ namespace gpt1 {
 
 void causal_attention_fwd(HeadsArray q, HeadsArray k, HeadsArray v, Array keep_bits, Array first_key,
                           HeadsArray o, Array lse, AttentionSizes sizes, float scale, float keep_scale,
-                          int dtype, Stream stream) {
+                          DType dtype, Stream stream) {
     const AttentionProblem problem(keep_bits, first_key, sizes, scale, keep_scale);
     // Not 0, by which −∞ must not be multiplied.
     const float log2_scale = std::fmax(std::fabs(scale) * kLog2E, FLT_MIN);

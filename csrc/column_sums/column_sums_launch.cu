@@ -4,7 +4,7 @@
 
 namespace gpt1 {
 
-void column_sums(int dtype, Matrix x, const std::vector<TypedArray>& totals, std::int64_t run,
+void column_sums(DType dtype, Matrix x, const std::vector<TypedArray>& totals, std::int64_t run,
                  Stream stream) {
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);

@@ -8,7 +8,7 @@ namespace gpt1 {
 /// Whether rows of C columns start at multiples of 16 bytes and end there.
 template <class T>
 bool aligned_rows(Array array, std::int64_t stride, std::int64_t C) {
-    return array.first % 16 == 0 && stride % kVector<T> == 0 && C % kVector<T> == 0;
+    return array.address % 16 == 0 && stride % kVector<T> == 0 && C % kVector<T> == 0;
 }
 
 template <int N>
@@ -100,9 +100,9 @@ class FloatArray {
 public:
     FloatArray() = default;
     explicit FloatArray(TypedArray array) {
-        dispatch(array.second, [&](auto element) {
+        dispatch(array.dtype, [&](auto element) {
             using T = decltype(element);
-            view<T>() = View<T>(array.first);
+            view<T>() = View<T>(array.array);
         });
     }
 

@@ -6,7 +6,7 @@ namespace gpt1 {
 
 /// Rows of both tables, added, and dropped out. An id out of range gives NaN and is written to an
 /// error record: [1 once there is an error, the first such id].
-void embedding_fwd(int dtype,
+void embedding_fwd(DType dtype,
                    TypedArray out,         // (B, T, C)
                    Array ids,              // (B, T), int64
                    Array w_token,          // (V, C)
@@ -20,7 +20,7 @@ void embedding_fwd(int dtype,
                    std::uint32_t threshold, float keep_scale, std::int64_t row_offset, Stream stream);
 
 /// Adds each row of dout to the row of dw that its id names.
-void embedding_bwd(int dtype,
+void embedding_bwd(DType dtype,
                    Array dout,        // (N, C)
                    Array sorted_ids,  // (M,), int64; M is N, or 2N where a token type reads a second row
                    Array order,       // (M,), int64, where the sorted ids came from
@@ -31,7 +31,7 @@ void embedding_bwd(int dtype,
                    float keep_scale, std::int64_t row_offset, Stream stream);
 
 /// Adds dout over the batch, where the positions are those of the order.
-void embedding_bwd_positions(int dtype,
+void embedding_bwd_positions(DType dtype,
                              Array dout,     // (B, T, C)
                              TypedArray dw,  // (P, C), of which the first T rows are written
                              Array seed,     // (2,), absent without dropout

@@ -10,14 +10,14 @@ namespace {
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// Whether eight columns are whole accesses of 16 bytes.
-bool aligned_octets(std::int64_t C, Array array) { return C % kOctet == 0 && array.first % 16 == 0; }
+bool aligned_octets(std::int64_t C, Array array) { return C % kOctet == 0 && array.address % 16 == 0; }
 
 /// Of a row of partial sums, so that it is aligned whatever C.
 std::int64_t partial_stride(std::int64_t C) { return divide_up(C, kOctet) * kOctet; }
 
 template <class T>
 EmbeddingGradient<T> gradient(Array dout, TypedArray dw, std::int64_t C, Dropout dropout) {
-    return {Global<const T>(dout), dropout, C, aligned_octets(C, dout) && aligned_octets(C, dw.first)};
+    return {Global<const T>(dout), dropout, C, aligned_octets(C, dout) && aligned_octets(C, dw.array)};
 }
 
 void add_runs(Array sorted_ids, TypedArray dw, Array partials, std::int64_t M, std::int64_t C, std::int64_t V,
@@ -33,16 +33,17 @@ void add_runs(Array sorted_ids, TypedArray dw, Array partials, std::int64_t M, s
     p.C = C;
     p.stride = partial_stride(C);
     p.column_blocks = divide_up(C, EmbeddingBwdRuns::kColumns);
-    p.aligned = aligned_octets(C, dw.first);
+    p.aligned = aligned_octets(C, dw.array);
     launch<EmbeddingBwdRuns>(boundaries * p.column_blocks, EmbeddingBwdRuns::kMaxSharedBytes, stream, p);
 }
 
 }  // namespace
 
-void embedding_fwd(int dtype, TypedArray out, Array ids, Array w_token, Array w_position, Array position_ids,
-                   Array token_type_ids, Array seed, Array token_error, Array position_error, std::int64_t B,
-                   std::int64_t T, std::int64_t C, std::int64_t V, std::int64_t P, std::uint32_t threshold,
-                   float keep_scale, std::int64_t row_offset, Stream stream) {
+void embedding_fwd(DType dtype, TypedArray out, Array ids, Array w_token, Array w_position,
+                   Array position_ids, Array token_type_ids, Array seed, Array token_error,
+                   Array position_error, std::int64_t B, std::int64_t T, std::int64_t C, std::int64_t V,
+                   std::int64_t P, std::uint32_t threshold, float keep_scale, std::int64_t row_offset,
+                   Stream stream) {
     dispatch(dtype, [&](auto element) {
         using Table = decltype(element);
         using Kernel = EmbeddingFwd<Table>;
@@ -66,13 +67,13 @@ void embedding_fwd(int dtype, TypedArray out, Array ids, Array w_token, Array w_
         // As many sequences at a time as make a wave of blocks.
         const std::int64_t resident = std::int64_t{processors(stream.first)} * Kernel::kBlocksPerProcessor;
         p.sequences = std::clamp<std::int64_t>(resident / p.position_blocks, 1, B);
-        p.aligned = aligned_octets(C, out.first) && aligned_octets(C, w_token) &&
+        p.aligned = aligned_octets(C, out.array) && aligned_octets(C, w_token) &&
                     aligned_octets(C, w_position);
         launch<Kernel>(p.position_blocks * p.sequences, 0, stream, p);
     });
 }
 
-void embedding_bwd(int dtype, Array dout, Array sorted_ids, Array order, TypedArray dw, Array partials,
+void embedding_bwd(DType dtype, Array dout, Array sorted_ids, Array order, TypedArray dw, Array partials,
                    Array seed, std::int64_t M, std::int64_t N, std::int64_t C, std::int64_t V,
                    std::uint32_t threshold, float keep_scale, std::int64_t row_offset, Stream stream) {
     const Dropout dropout{Global<const std::int64_t>(seed), threshold, keep_scale, row_offset};
@@ -96,7 +97,7 @@ void embedding_bwd(int dtype, Array dout, Array sorted_ids, Array order, TypedAr
     add_runs(sorted_ids, dw, partials, M, C, V, stream);
 }
 
-void embedding_bwd_positions(int dtype, Array dout, TypedArray dw, Array seed, std::int64_t B,
+void embedding_bwd_positions(DType dtype, Array dout, TypedArray dw, Array seed, std::int64_t B,
                              std::int64_t T, std::int64_t C, std::uint32_t threshold, float keep_scale,
                              std::int64_t row_offset, Stream stream) {
     const Dropout dropout{Global<const std::int64_t>(seed), threshold, keep_scale, row_offset};

@@ -5,7 +5,7 @@
 namespace gpt1 {
 
 /// pre = a b + bias, hidden = gelu(pre).
-void gelu_product(int dtype,
+void gelu_product(DType dtype,
                   Matrix a,                    // (M, K)
                   Matrix b, bool b_transposed,  // (K, N), or stored as (N, K)
                   TypedArray bias,              // (N,)
@@ -14,7 +14,7 @@ void gelu_product(int dtype,
                   Stream stream);
 
 /// dpre = a b ∘ gelu'(pre), and its sums over 64 rows each.
-void dgelu_product(int dtype,
+void dgelu_product(DType dtype,
                    Matrix a,                    // (M, K)
                    Matrix b, bool b_transposed,  // (K, N), or stored as (N, K)
                    Matrix pre,                  // (M, N)

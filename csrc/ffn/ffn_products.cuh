@@ -12,7 +12,7 @@ void FfnLaunch<T>::gelu_product(const Matrix& a, const Matrix& b, bool b_transpo
     const auto& [array, M, N, stride] = hidden;
     const typename Gelu<T>::Params epilogue{Global<T>(array), Global<T>(pre), stride,
                                             FloatArray<true>(bias)};
-    const ProductGrid grid = product_grid(M, N, std::get<2>(a), 1, stream.first);
+    const ProductGrid grid = product_grid(M, N, a.columns, 1, stream.first);
     launch_product<T, Gelu<T>>(a, b, b_transposed, grid, epilogue, stream);
 }
 
@@ -22,7 +22,7 @@ void FfnLaunch<T>::dgelu_product(const Matrix& a, const Matrix& b, bool b_transp
     const auto& [array, M, N, stride] = pre;
     const typename Dgelu<T>::Params epilogue{Global<const T>(array), Global<T>(dpre),
                                              Global<float>(partial_db), stride};
-    const ProductGrid grid = product_grid(M, N, std::get<2>(a), 1, stream.first);
+    const ProductGrid grid = product_grid(M, N, a.columns, 1, stream.first);
     launch_product<T, Dgelu<T>>(a, b, b_transposed, grid, epilogue, stream);
 }
 

@@ -6,7 +6,7 @@ namespace gpt1 {
 
 /// LayerNorm of residual + dropout(x + x_bias), or of x where the optional tensors are absent:
 /// y, the sum if wanted, and the statistics.
-void layer_norm_fwd(int dtype,
+void layer_norm_fwd(DType dtype,
                     Array x,             // (N, C), rows stride_xn apart
                     Array residual,      // (N, C) or absent, rows stride_rn apart
                     TypedArray w,        // (C,)
@@ -22,7 +22,7 @@ void layer_norm_fwd(int dtype,
 
 /// Its gradients, those that are not absent. The parameters' are summed in two steps: `partials` has
 /// a row for each of `layer_norm_bwd_blocks` and each of dw, db, dx_bias that is wanted.
-void layer_norm_bwd(int dtype,
+void layer_norm_bwd(DType dtype,
                     Array dy,            // (N, C)
                     Array dy_residual,   // (N, C), added to it, or absent
                     Array total,         // (N, C), rows stride_tn apart
@@ -40,6 +40,6 @@ void layer_norm_bwd(int dtype,
                     float keep_scale, std::int64_t row_offset, Stream stream);
 
 /// How many blocks `layer_norm_bwd` runs.
-std::int64_t layer_norm_bwd_blocks(int dtype, std::int64_t N, std::int64_t C, int device);
+std::int64_t layer_norm_bwd_blocks(DType dtype, std::int64_t N, std::int64_t C, int device);
 
 }  // namespace gpt1

@@ -28,7 +28,7 @@ std::int64_t blocks(std::int64_t N, int device) {
 
 }  // namespace
 
-void layer_norm_fwd(int dtype, Array x, Array residual, TypedArray w, TypedArray b, TypedArray x_bias,
+void layer_norm_fwd(DType dtype, Array x, Array residual, TypedArray w, TypedArray b, TypedArray x_bias,
                     Array seed, Array y, Array total, Array mean, Array rstd, std::int64_t N,
                     std::int64_t C, std::int64_t stride_xn, std::int64_t stride_rn, float eps,
                     std::uint32_t threshold, float keep_scale, std::int64_t row_offset, Stream stream) {
@@ -60,13 +60,13 @@ void layer_norm_fwd(int dtype, Array x, Array residual, TypedArray w, TypedArray
     });
 }
 
-void layer_norm_bwd(int dtype, Array dy, Array dy_residual, Array total, TypedArray w, Array mean,
+void layer_norm_bwd(DType dtype, Array dy, Array dy_residual, Array total, TypedArray w, Array mean,
                     Array rstd, Array seed, Array dtotal, Array dx, Array partials, TypedArray dw,
                     TypedArray db, TypedArray dx_bias, std::int64_t N, std::int64_t C, std::int64_t stride_tn,
                     std::uint32_t threshold, float keep_scale, std::int64_t row_offset, Stream stream) {
     std::vector<TypedArray> sums;
     const auto wanted = [&](TypedArray sum) {
-        if (sum.first.first == 0) return -1;
+        if (sum.array.extent == 0) return -1;
         sums.push_back(sum);
         return static_cast<int>(sums.size()) - 1;
     };
@@ -104,7 +104,7 @@ void layer_norm_bwd(int dtype, Array dy, Array dy_residual, Array total, TypedAr
     });
 }
 
-std::int64_t layer_norm_bwd_blocks(int dtype, std::int64_t N, std::int64_t C, int device) {
+std::int64_t layer_norm_bwd_blocks(DType dtype, std::int64_t N, std::int64_t C, int device) {
     std::int64_t grid = 0;
     dispatch(dtype, [&](auto element) {
         using T = decltype(element);

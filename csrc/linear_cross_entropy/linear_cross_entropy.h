@@ -5,7 +5,7 @@
 namespace gpt1 {
 
 /// The losses of a chunk of logits, and its gradient in their place.
-void cross_entropy(int dtype,
+void cross_entropy(DType dtype,
                    Array logits, std::int64_t rows, std::int64_t columns,  // a multiple of 8
                    std::int64_t V,             // columns that count; the gradient of the others is 0
                    Array targets,              // (rows,), int64
@@ -16,7 +16,7 @@ void cross_entropy(int dtype,
                    std::int64_t ignore_index, bool gradient, Stream stream);
 
 /// y = scale · x, of `count` elements.
-void scale_gradient(int x_dtype, Array x, Array scale, int y_dtype, Array y, std::int64_t count,
+void scale_gradient(DType x_dtype, Array x, Array scale, DType y_dtype, Array y, std::int64_t count,
                     Stream stream);
 
 }  // namespace gpt1

@@ -3,7 +3,7 @@
 
 namespace gpt1 {
 
-void cross_entropy(int dtype, Array logits, std::int64_t rows, std::int64_t columns, std::int64_t V,
+void cross_entropy(DType dtype, Array logits, std::int64_t rows, std::int64_t columns, std::int64_t V,
                    Array targets, Array weight, Array gain, Array losses, Array error,
                    std::int64_t ignore_index, bool gradient, Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
@@ -25,7 +25,7 @@ void cross_entropy(int dtype, Array logits, std::int64_t rows, std::int64_t colu
     });
 }
 
-void scale_gradient(int x_dtype, Array x, Array scale, int y_dtype, Array y, std::int64_t count,
+void scale_gradient(DType x_dtype, Array x, Array scale, DType y_dtype, Array y, std::int64_t count,
                     Stream stream) {
     dispatch(x_dtype, [&](auto in) {
         dispatch(y_dtype, [&](auto out) {

@@ -14,7 +14,7 @@ void launch_hopper(const Matrix& a, const Matrix& b, const ProductGrid& grid,
     const CurrentDevice current(stream.first);  // before the driver makes maps
     const auto map = [](const Matrix& matrix, int box_rows) {
         const auto& [array, rows, columns, stride] = matrix;
-        return tensor_map(array.first, Kernel::kIsBf16, rows, columns, stride, box_rows);
+        return tensor_map(array.address, Kernel::kIsBf16, rows, columns, stride, box_rows);
     };
     const typename Kernel::Params p{map(a, Kernel::kBoxRowsA), map(b, Kernel::kBoxRowsB), grid, epilogue};
     const std::int64_t clusters = processors(stream.first) / Kernel::kCluster;

@@ -34,8 +34,8 @@ std::pair<std::int64_t, std::int64_t> split_of_matmul(
     return {elements(best), best};
 }
 
-void matmul(int dtype, Matrix a, bool a_transposed, Matrix b, bool b_transposed, Matrix out, int out_dtype,
-            TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t chunks,
+void matmul(DType dtype, Matrix a, bool a_transposed, Matrix b, bool b_transposed, Matrix out,
+            DType out_dtype, TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t chunks,
             Stream stream) {
     dispatch_narrow(dtype, [&](auto element) {
         using Launch = MatmulLaunch<decltype(element)>;

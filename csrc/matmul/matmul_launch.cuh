@@ -8,7 +8,7 @@ namespace gpt1 {
 template <class T>
 struct MatmulLaunch {
     static void start(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed,
-                      const Matrix& out, int out_dtype, TypedArray bias, Array scale, bool accumulate,
+                      const Matrix& out, DType out_dtype, TypedArray bias, Array scale, bool accumulate,
                       Array parts, std::int64_t chunks, Stream stream);
 };
 

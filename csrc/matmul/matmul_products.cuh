@@ -8,10 +8,11 @@ namespace gpt1 {
 
 template <class T>
 void MatmulLaunch<T>::start(
-    const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const Matrix& out, int out_dtype,
-    TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t chunks, Stream stream) {
+    const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const Matrix& out,
+    DType out_dtype, TypedArray bias, Array scale, bool accumulate, Array parts, std::int64_t chunks,
+    Stream stream) {
     const auto& [array, M, N, stride] = out;
-    const std::int64_t K = a_transposed ? std::get<1>(a) : std::get<2>(a);
+    const std::int64_t K = a_transposed ? a.rows : a.columns;
     const ProductGrid grid = product_grid(M, N, K, chunks, stream.first);
 
     const auto multiply = [&]<class Out>(const typename Store<Out, T>::Params& epilogue) {
@@ -21,7 +22,7 @@ void MatmulLaunch<T>::start(
     const auto finish = [&]<class Out>() {
         const auto params = [&]<int kWidth>() {
             return typename Store<Out, T, kWidth>::Params{
-                Global<Out>(std::get<0>(out)), std::get<3>(out), FloatArray<true>(bias),
+                Global<Out>(out.array), out.stride, FloatArray<true>(bias),
                 Global<const float>(scale), accumulate};
         };
         if (grid.split()) {

@@ -32,7 +32,7 @@ inline std::int64_t product_slots(const ProductGrid& grid, int device) {
 inline void check_operand(const Matrix& matrix) {
     const auto& [array, rows, columns, stride] = matrix;
     constexpr std::int64_t kMost = std::numeric_limits<int>::max() - 1024;  // Fetch counts down in int
-    const bool aligned = columns % 8 == 0 && stride % 8 == 0 && array.first % 16 == 0;
+    const bool aligned = columns % 8 == 0 && stride % 8 == 0 && array.address % 16 == 0;
     if (rows > kMost || columns > kMost || !(aligned || rows * columns == 0)) {
         throw std::invalid_argument(
             "operand of " + shape_text("rows", rows, "columns", columns, "stride", stride) +

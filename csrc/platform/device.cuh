@@ -75,7 +75,7 @@ template <class T>
 class Global {
 public:
     Global() = default;
-    explicit Global(Array array) : data_(reinterpret_cast<T*>(array.first)) {}
+    explicit Global(Array array) : data_(reinterpret_cast<T*>(array.address)) {}
 
     __host__ __device__ __forceinline__ explicit operator bool() const { return data_ != nullptr; }
 

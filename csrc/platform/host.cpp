@@ -46,6 +46,7 @@ float to_float(fp16 x) {
 namespace host {
 
 int processors = 2, shared_memory = 99 * 1024;
+bool launching = true;
 
 }  // namespace host
 

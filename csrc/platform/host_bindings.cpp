@@ -6,6 +6,7 @@
 #include "platform/host_planted.h"
 #include "platform/platform.cuh"
 #include "platform/runtime.h"
+#include "platform/tensors.h"
 
 namespace py = pybind11;
 
@@ -24,7 +25,7 @@ void set_order(const std::string& name, std::uint64_t seed) {
     host::set_order(found->second, seed);
 }
 
-std::vector<float> widened(int dtype, const std::vector<std::uint16_t>& bits) {
+std::vector<float> widened(DType dtype, const std::vector<std::uint16_t>& bits) {
     std::vector<float> values;
     dispatch_narrow(dtype, [&](auto element) {
         for (const std::uint16_t pattern : bits) {
@@ -35,7 +36,7 @@ std::vector<float> widened(int dtype, const std::vector<std::uint16_t>& bits) {
     return values;
 }
 
-std::vector<std::uint16_t> narrowed(int dtype, const std::vector<float>& values) {
+std::vector<std::uint16_t> narrowed(DType dtype, const std::vector<float>& values) {
     std::vector<std::uint16_t> bits;
     dispatch_narrow(dtype, [&](auto element) {
         for (const float value : values) bits.push_back(from_float<decltype(element)>(value).bits);
@@ -54,6 +55,10 @@ py::dict traffic() {
     return kernels;
 }
 
+std::pair<std::uintptr_t, std::int64_t> address_and_extent(Array array) {
+    return {array.address, array.extent};
+}
+
 }  // namespace
 
 void bind_platform(py::module_& module) {
@@ -65,12 +70,15 @@ void bind_platform(py::module_& module) {
                "How many the chip has, which sizes grids that walk over rows, and splits sums; 2 at first.");
     module.def("set_shared_memory", [](int bytes) { host::shared_memory = bytes; }, py::arg("bytes"),
                "How much a block may ask for, by which launchers choose kernels; 101376 at first.");
+    module.def("set_launching", [](bool on) { host::launching = on; }, py::arg("on"),
+               "Off, launchers do all but run their kernels.");
     module.def("count_traffic", &host::count_traffic, py::arg("on"),
                "Counts sectors and bank conflicts of the launches from now on, from zero.");
     module.def("traffic", &traffic, "What was counted, by kernel.");
     module.def("planted_names", &host::planted_names, "Small kernels that test this platform.");
     module.def("run_planted", &host::run_planted, py::arg("name"), py::arg("planted"),
                "Runs one of them, with its bug or without; gives what it wrote.");
+    module.def("array", &address_and_extent, py::arg("tensor"), "What a launcher takes of a tensor.");
     module.def("widened", &widened, py::arg("dtype"), py::arg("bits"), "Floats of 16-bit patterns.");
     module.def("narrowed", &narrowed, py::arg("dtype"), py::arg("values"), "16-bit patterns of floats.");
 }

@@ -9,17 +9,23 @@
 
 namespace gpt1 {
 
-/// A tensor: its address, and how many elements lie from its first to its last. (0, 0) if absent.
-using Array = std::pair<std::uintptr_t, std::int64_t>;
+/// The types of elements.
+enum DType : int { kFloat32, kBFloat16, kFloat16 };
+
+/// A tensor: its address, and how many elements lie from its first to its last. Both 0 if absent.
+struct Array {
+    std::uintptr_t address = 0;
+    std::int64_t extent = 0;
+};
 
 /// Where to launch: a device's index and a cudaStream_t.
 using Stream = std::pair<int, std::uintptr_t>;
 
 /// A tensor and its DType, where that is not the activations'.
-using TypedArray = std::pair<Array, int>;
-
-/// The types of elements, as backends/cuda/extension.py numbers them.
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+struct TypedArray {
+    Array array;
+    DType dtype = kFloat32;
+};
 
 /// "N=5, C=768": names and values in turn, for the messages of errors.
 template <class... Parts>

@@ -44,23 +44,22 @@ __device__ __forceinline__ Vector<T, N> narrow(const Vector<float, N>& x) {
 
 /// Calls `function` with a value of the type that `dtype` names.
 template <class Function>
-void dispatch(int dtype, Function function) {
+void dispatch(DType dtype, Function function) {
     switch (dtype) {
         case kFloat32: return function(float{});
         case kBFloat16: return function(bf16{});
         case kFloat16: return function(fp16{});
     }
-    throw std::invalid_argument(shape_text("dtype", dtype) + ", expected 0, 1 or 2");
 }
 
 /// As `dispatch`, for kernels on the matrix units.
 template <class Function>
-void dispatch_narrow(int dtype, Function function) {
+void dispatch_narrow(DType dtype, Function function) {
     switch (dtype) {
         case kBFloat16: return function(bf16{});
         case kFloat16: return function(fp16{});
+        default: throw std::invalid_argument("float32, expected bfloat16 or float16");
     }
-    throw std::invalid_argument(shape_text("dtype", dtype) + ", expected 1 or 2");
 }
 
 }  // namespace gpt1

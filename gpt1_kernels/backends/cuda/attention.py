@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, NARROW_DTYPES, VECTOR, launch, view
+from gpt1_kernels.backends.cuda.extension import NARROW_DTYPES, VECTOR, launch
 from gpt1_kernels.rng import keep_scale
 
 DTYPES = NARROW_DTYPES
@@ -99,8 +99,7 @@ def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
         q, k, v = map(_aligned, (q, k, v))
         launch(
             "causal_attention_fwd", q,
-            *map(_heads, (q, k, v)), view(keep_bits), view(first_key), _heads(padded), view(lse),
-            *_call(q, k, scale, dropout_p),
+            q, k, v, keep_bits, first_key, padded, lse, *_call(q, k, scale, dropout_p),
         )  # fmt: skip
         _copy_back(o, padded)
     return lse
@@ -115,8 +114,7 @@ def _backward(do, q, k, v, o, lse, keep_bits, first_key, dq, dk, dv, scale, drop
     delta = torch.empty_like(lse)
     launch(
         "causal_attention_bwd", q,
-        *map(_heads, (do, q, k, v, o)), view(lse), view(keep_bits), view(first_key), view(delta),
-        *map(_heads, padded), *_call(q, k, scale, dropout_p),
+        do, q, k, v, o, lse, keep_bits, first_key, delta, *padded, *_call(q, k, scale, dropout_p),
     )  # fmt: skip
     for grad, with_zeros in zip(grads, padded, strict=True):
         _copy_back(grad, with_zeros)
@@ -126,12 +124,7 @@ def _call(q: Tensor, k: Tensor, scale: float, dropout_p: float) -> tuple:
     """What the launchers take beside tensors."""
     B, Tq, H, D = q.shape
     sizes = B, H, Tq, k.shape[1], D
-    return sizes, scale, keep_scale(dropout_p), DTYPE_CODES[q.dtype]
-
-
-def _heads(x: Tensor | None) -> tuple[int, ...]:
-    """A (B, T, H, D) as the launchers take it: address, extent, strides."""
-    return (*view(x), *((0, 0, 0) if x is None else x.stride()[:3]))
+    return sizes, scale, keep_scale(dropout_p), q.dtype
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.cuda.extension import launch, view
+from gpt1_kernels.backends.cuda.extension import launch
 from gpt1_kernels.rng import threshold
 
 
@@ -27,7 +27,7 @@ def dropout_mask(
         last_column = columns - rows if causal else columns - 1
         launch(
             "dropout_mask", seed,
-            view(bits), view(seed), math.prod(leading) // rows, rows, columns, last_column,
+            bits, seed, math.prod(leading) // rows, rows, columns, last_column,
             threshold(p), row_offset,
         )  # fmt: skip
     return bits

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, typed_view, view
+from gpt1_kernels.backends.cuda.extension import launch
 from gpt1_kernels.backends.ids import check_ids
 from gpt1_kernels.errors import error_record
 from gpt1_kernels.rng import keep_scale, threshold
@@ -34,15 +34,14 @@ def embedding_fwd(
     token_error = _errors(V, ids, token_type_ids)
     position_error = _errors(P, position_ids)
     if out.numel() > 0:
-        read = [
+        of_tokens, of_positions, of_types = (
             None if i is None else i.to(torch.int64).contiguous()
             for i in (ids, position_ids, token_type_ids)
-        ]
-        of_tokens, of_positions, of_types = map(view, read)
+        )
         launch(
-            "embedding_fwd", out, DTYPE_CODES[w_token.dtype],
-            typed_view(out), of_tokens, view(w_token), view(w_position), of_positions, of_types,
-            view(seed), view(token_error), view(position_error),
+            "embedding_fwd", out, w_token.dtype,
+            out, of_tokens, w_token, w_position, of_positions, of_types, seed, token_error,
+            position_error,
             B, T, C, V, P, threshold(dropout_p), keep_scale(dropout_p), row_offset,
         )  # fmt: skip
     return out
@@ -74,8 +73,8 @@ def embedding_bwd(
             _add_by_id(dout, [position_ids], dw_position, seed, dropout)
         elif need_position:
             launch(
-                "embedding_bwd_positions", dout, DTYPE_CODES[dout.dtype],
-                view(dout), typed_view(dw_position), view(seed), B, T, C, *dropout,
+                "embedding_bwd_positions", dout, dout.dtype,
+                dout, dw_position, seed, B, T, C, *dropout,
             )  # fmt: skip
     return dw_token, dw_position
 
@@ -94,8 +93,8 @@ def _add_by_id(
     M = len(order)
     partials = dout.new_empty(-(-M // CHUNK), 2, -(-C // 8) * 8, dtype=torch.float32)
     launch(
-        "embedding_bwd", dout, DTYPE_CODES[dout.dtype],
-        view(dout), view(sorted_ids), view(order), typed_view(dw), view(partials), view(seed),
+        "embedding_bwd", dout, dout.dtype,
+        dout, sorted_ids, order, dw, partials, seed,
         M, N, C, V, *dropout,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The compiled extension: loads it, says why it is absent, calls its functions.
 
-A function of the extension takes plain numbers: sizes, strides, and for each tensor an address with
-an extent, which `view` gives; last, the index of a device with a stream.
+A function of the extension takes tensors (None for an absent one), dtypes and plain numbers; last,
+the index of a device with a stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ NOT_BUILT = {
     "cuda": "it was installed without nvcc, or with GPT1_KERNELS_BUILD_CUDA=0",
     "cuda_host": "it was installed without GPT1_KERNELS_BUILD_HOST=1",
 }
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 """Those of the kernels on the matrix units."""
 VECTOR = 8  # elements of a narrow dtype in 16 bytes
@@ -75,21 +74,3 @@ def _prepared(backend: str, index: int) -> ModuleType:
     compiled = module(backend)
     compiled.prepare(index)
     return compiled
-
-
-def view(tensor: Tensor | None) -> tuple[int, int]:
-    """The address of a tensor and its extent, the elements from its first to its last in memory.
-
-    (0, 0) for None and for a tensor without elements.
-    """
-    if tensor is None or tensor.numel() == 0:
-        return 0, 0
-    if tensor.is_contiguous():
-        return tensor.data_ptr(), tensor.numel()
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.data_ptr(), 1 + sum((size - 1) * stride for size, stride in steps)
-
-
-def typed_view(tensor: Tensor | None) -> tuple[tuple[int, int], int]:
-    """`view` and the dtype's code, for a tensor that need not have the activations' dtype."""
-    return view(tensor), 0 if tensor is None else DTYPE_CODES[tensor.dtype]

@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends.cuda.extension import (
-    DTYPE_CODES,
     NARROW_DTYPES,
     VECTOR,
     launch,
-    typed_view,
-    view,
 )
 from gpt1_kernels.backends.cuda.matmul import (
     aligned,
     column_sums,
     matmul,
-    matrix,
     operand,
     padded,
 )
@@ -57,8 +53,8 @@ def gelu_ffn_fwd(
         b, b_transposed = operand(w_fc)
         bias = aligned(b_fc[None])[0]
         launch(
-            "gelu_product", x, DTYPE_CODES[x.dtype],
-            matrix(x), matrix(b), b_transposed, typed_view(bias), matrix(hidden), view(pre),
+            "gelu_product", x, x.dtype,
+            x, b, b_transposed, bias, hidden, pre,
         )  # fmt: skip
         matmul(
             hidden, w_proj, as_matrix(y), bias=None if b_proj is None else aligned(b_proj[None])[0]
@@ -102,9 +98,8 @@ def gelu_ffn_bwd(
     if need_dpre or need_b_fc:
         b, b_transposed = operand(w_proj.t())
         launch(
-            "dgelu_product", dy, DTYPE_CODES[dy.dtype],
-            matrix(dy), matrix(b), b_transposed,
-            matrix(pre), view(dpre), view(partial_db),
+            "dgelu_product", dy, dy.dtype,
+            dy, b, b_transposed, pre, dpre, partial_db,
         )  # fmt: skip
     if need_b_fc:
         db_fc = column_sums(partial_db)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, launch, query, typed_view, view
+from gpt1_kernels.backends.cuda.extension import launch, query
 from gpt1_kernels.backends.rows import by_rows
 from gpt1_kernels.rng import keep_scale, threshold
 
@@ -85,9 +85,8 @@ def _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, save_t
         x, stride_xn = by_rows(x)
         residual, stride_rn = (None, 0) if residual is None else by_rows(residual)
         launch(
-            "layer_norm_fwd", x, DTYPE_CODES[x.dtype],
-            view(x), view(residual), typed_view(w), typed_view(b), typed_view(x_bias), view(seed),
-            view(y), view(total), view(mean), view(rstd), N, C, stride_xn, stride_rn,
+            "layer_norm_fwd", x, x.dtype,
+            x, residual, w, b, x_bias, seed, y, total, mean, rstd, N, C, stride_xn, stride_rn,
             eps, threshold(dropout_p), keep_scale(dropout_p), row_offset,
         )  # fmt: skip
     return y, total, mean, rstd
@@ -105,14 +104,12 @@ def _backward(dy, dy_residual, total, w, mean, rstd, seed, dropout_p, row_offset
     )
     if total.numel() == 0:
         return dx, dtotal, *(s.zero_() for s in sums)
-    dtype = DTYPE_CODES[total.dtype]
-    blocks = query("layer_norm_bwd_blocks", total, dtype, N, C)
+    blocks = query("layer_norm_bwd_blocks", total, total.dtype, N, C)
     partials = dy.new_empty(sum(needs[2:]), blocks, -(-C // 4) * 4, dtype=torch.float32)
     total, stride_tn = by_rows(total)
     launch(
-        "layer_norm_bwd", total, dtype,
-        view(dy), view(dy_residual), view(total), typed_view(w), view(mean), view(rstd), view(seed),
-        view(dtotal), view(dx), view(partials), *map(typed_view, sums),
-        N, C, stride_tn, threshold(dropout_p), keep_scale(dropout_p), row_offset,
+        "layer_norm_bwd", total, total.dtype,
+        dy, dy_residual, total, w, mean, rstd, seed, dtotal, dx, partials, *sums, N, C, stride_tn,
+        threshold(dropout_p), keep_scale(dropout_p), row_offset,
     )  # fmt: skip
     return dx, dtotal, *sums

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.cuda.extension import DTYPE_CODES, NARROW_DTYPES, VECTOR, launch, view
+from gpt1_kernels.backends.cuda.extension import NARROW_DTYPES, VECTOR, launch
 from gpt1_kernels.backends.cuda.matmul import aligned, matmul, padded
 from gpt1_kernels.backends.ids import check_ids
 from gpt1_kernels.backends.logits import CHUNK_BYTES, fp16_gain, padded_vocabulary
@@ -105,10 +105,10 @@ def _by_chunks(
         chunk_logits = logits[: chunk.stop - first]
         matmul(h[chunk], w.t(), chunk_logits)
         launch(
-            "cross_entropy", h, DTYPE_CODES[h.dtype],
-            view(chunk_logits), *chunk_logits.shape, V, view(targets[chunk]),
-            view(None if weight is None else weight[chunk]), view(gain),
-            view(None if losses is None else losses[chunk]), view(error),
+            "cross_entropy", h, h.dtype,
+            chunk_logits, *chunk_logits.shape, V, targets[chunk],
+            None if weight is None else weight[chunk], gain,
+            None if losses is None else losses[chunk], error,
             ignore_index, any(needs),
         )  # fmt: skip
         if need_h:
@@ -128,6 +128,5 @@ def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """scale · x in fp32, rounded once; x is contiguous."""
     y = torch.empty_like(x, dtype=dtype)
     if x.numel() > 0:
-        codes = DTYPE_CODES[x.dtype], DTYPE_CODES[dtype]
-        launch("scale_gradient", x, codes[0], view(x), view(scale), codes[1], view(y), x.numel())
+        launch("scale_gradient", x, x.dtype, x, scale, dtype, y, x.numel())
     return y

@@ -15,13 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gpt1_kernels.backends.cuda.extension import (
-    DTYPE_CODES,
     VECTOR,
     backend_of,
     launch,
     module,
-    typed_view,
-    view,
 )
 
 RUN = 512
@@ -53,10 +50,9 @@ def matmul(
     elements, chunks = _split(M, N, K, a.get_device())
     parts = None if elements == 0 else a.new_empty(elements, dtype=torch.float32)
     launch(
-        "matmul", a, DTYPE_CODES[a.dtype],
-        matrix(a_stored), a_transposed, matrix(b_stored), b_transposed,
-        matrix(out), DTYPE_CODES[out.dtype], typed_view(bias), view(scale), accumulate,
-        view(parts), chunks,
+        "matmul", a, a.dtype,
+        a_stored, a_transposed, b_stored, b_transposed, out, out.dtype, bias, scale, accumulate,
+        parts, chunks,
     )  # fmt: skip
 
 
@@ -66,7 +62,7 @@ def column_sums(x: Tensor) -> Tensor:
     while True:
         runs = -(-x.shape[0] // RUN)
         sums = x.new_empty(runs, x.shape[1], dtype=torch.float32)
-        launch("column_sums", x, DTYPE_CODES[x.dtype], matrix(x), [typed_view(sums)], RUN)
+        launch("column_sums", x, x.dtype, x, [sums], RUN)
         if runs == 1:
             return sums[0]
         x = sums
@@ -91,11 +87,6 @@ def aligned(x: Tensor) -> Tensor:
 def padded(x: Tensor | None) -> Tensor | None:
     """x with zeros behind it, up to a multiple of 8 along each axis."""
     return None if x is None else pad(x, [n for s in reversed(x.shape) for n in (0, -s % VECTOR)])
-
-
-def matrix(x: Tensor) -> tuple[tuple[int, int], int, int, int]:
-    """What the extension takes for a row-major matrix."""
-    return view(x), *x.shape, x.stride(0)
 
 
 @lru_cache(maxsize=1024)  # inputs may have ever new lengths
