@@ -417,7 +417,7 @@ CALLS = {
         _attention("bwd"),
         lambda _, B: roofline.causal_attention_bwd(B, T, H, D, S, launches=2),
         counted_at={"cuda_host": (1 / H, 2 / H)},
-        shared_memory=99 * 1024,
+        shared_memory=launching.SMALLEST_SHARED_MEMORY,
     ),
     "gelu_ffn_fwd": Call(
         _gelu_ffn("fwd", C, F),

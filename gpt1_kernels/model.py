@@ -396,12 +396,10 @@ class GPT1LMHeadModel(_Headed, GenerationMixin):
         loss = None if labels is None else self._language_model_loss(h, labels, attention_mask)
         logits = None
         if return_logits or labels is None or not self.training:
-            kept = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            logits = self._logits(
-                h if isinstance(kept, slice) and not logits_to_keep else h[..., kept, :]
-            )
+            kept = logits_to_keep
+            if isinstance(kept, int):
+                kept = slice(-kept, None)  # of 0: everything
+            logits = self._logits(h[..., kept, :])
         result = ModelOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
         return result.to_tuple() if return_dict is False else result
 

@@ -67,7 +67,8 @@ class GPT1TaskModel(_Headed):
         Args:
             input_ids: (N, T) int64.
             extract: (N,) int64, the position of each extract token.
-            members: (B, K) int64, the sequences of each example; −1 where it has fewer than K.
+            members: (B, K) int64, the sequences of each example; −1 where one of head `choice` has
+                fewer than K.
             lm_targets: (N, T) int64, what each position predicts; −100 is ignored.
             lm_weight: (N, T) fp32, the share of each prediction in lm_loss.
             dropout_seeds: see `GPT1Model.forward`.

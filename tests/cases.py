@@ -91,6 +91,20 @@ def check_parity(
         assert_close(name, value, plain[name], oracle[name], dtype)
 
 
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises AssertionError unless all that is expected is there, bit for bit."""
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def check_repeatable(case: Case, backend: str) -> None:
+    """Two runs in bf16 are bit-equal."""
+    inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
+    with use_backend(backend):
+        first, second = (results(case.fused, inputs, dout) for _ in range(2))
+    assert_same(second, first)
+
+
 def on_backends(cases: Iterable[Case]):
     """Parametrises a test over (case, backend) where the backend serves the case's op."""
     return pytest.mark.parametrize(
@@ -301,7 +315,3 @@ PARITY = [
     linear_cross_entropy("token-weight", 37, 48, 1000, ignored=11, weighted=True),
     linear_cross_entropy("one-row", 1, 16, 3),
 ]
-ONE_OF_EACH = [
-    next(c for c in PARITY if c.op == op and "dropout" in c.name) for op in
-    ("causal_attention", "dropout_add_layer_norm", "embedding")
-]  # fmt: skip

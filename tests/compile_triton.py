@@ -20,8 +20,8 @@ import triton.language as tl
 from benchmarks.compiling import compiling
 from benchmarks.launchers import OVER_LENGTHS
 from benchmarks.triton_code import described
+from gpt1_kernels.backends.triton.launch import SMALLEST_SHARED_MEMORY
 
-SMALLEST_SHARED_MEMORY = 99 * 1024
 LENGTHS = (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 48, 64, 100, 127, 128, 255, 256, 257, 512, 1000)
 
 

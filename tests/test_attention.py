@@ -10,11 +10,13 @@ from tests.cases import (
     DTYPES,
     SEED,
     P,
+    assert_same,
     backends_of,
     cast,
     causal_attention,
     causal_attention_qkvpacked,
     check_parity,
+    check_repeatable,
     inputs_for,
     on_backends,
     results,
@@ -67,11 +69,7 @@ def test_parity_of_many_tiles(case, backend, dtype):
 
 @on_backends(LONG)
 def test_two_runs_are_bit_equal(case, backend):
-    inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
-    with use_backend(backend):
-        first, second = (results(case.fused, inputs, dout) for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(second[name], value), name
+    check_repeatable(case, backend)
 
 
 @pytest.mark.parametrize("backend", backends_of("causal_attention"))
@@ -89,8 +87,7 @@ def test_packed_and_separate_give_the_same_bits(backend):
 
     with use_backend(backend):
         expected, actual = (results(f, {"qkv": qkv}, dout) for f in (separate, packed))
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("backend", backends_of("causal_attention"))
@@ -116,8 +113,7 @@ def test_positions_may_be_far_apart_in_memory(backend):
     far = {name: x.new_empty(3, 2**23)[:, :16].view(x.shape).copy_(x) for name, x in near.items()}
     with use_backend(backend):
         expected, actual = (results(case.fused, inputs) for inputs in (near, far))
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("p", [0.0, P])
@@ -145,8 +141,7 @@ def test_bad_values_in_padding_that_fills_tiles_stay_there(backend, bad):
     with use_backend(backend):
         actual = results(case.fused, dirty, dout)
         expected = results(case.fused, inputs, dout.nan_to_num(0, 0, 0))
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize(

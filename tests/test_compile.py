@@ -10,7 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.launchers import OVER_LENGTHS
 from gpt1_kernels import GPT1LMHeadModel, GPT1TaskModel, ops, use_backend
 from gpt1_kernels.task_model import HEAD_KEY
-from tests.cases import DEVICE, PARITY, SEED, cast, inputs_for, on_backends, results, upstream
+from tests.cases import (
+    DEVICE,
+    PARITY,
+    SEED,
+    assert_same,
+    cast,
+    inputs_for,
+    on_backends,
+    results,
+    upstream,
+)
 from tests.models import T, config, randomised, tokens, with_dropout
 
 SMALL_CASES = [
@@ -70,8 +80,7 @@ def test_row21_fullgraph(case, backend):
     )
     with use_backend(backend):
         expected, actual = (results(f, inputs, dout) for f in (case.fused, compiled))
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def test_row28_a_damaged_hugging_face_folder_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("occupied", ["folder", "file"])
-def test_nothing_is_overwritten(tmp_path, release, occupied):
+def test_nothing_is_overwritten(release, occupied):
     target = release if occupied == "folder" else release / "params_0.npy"
     with pytest.raises(FileExistsError, match="expected a new or empty folder"):
         convert(release, target)

@@ -15,6 +15,7 @@ from gpt1_kernels.backends.cuda import attention, dropout, extension
 from tests.cases import (
     SEED,
     P,
+    assert_same,
     backends_of,
     cast,
     causal_attention,
@@ -115,8 +116,7 @@ def test_the_order_of_threads_changes_no_bit(case, order, shared_memory):
             actual = results(case.fused, inputs, dout)
         finally:
             platform.set_order("forward")
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, expected)
 
 
 def forward_and_backward(qkv, dout, H, bits, first_key=None):
@@ -174,3 +174,9 @@ def test_bytes_and_bank_conflicts_at_gpt1s_shape(shared_memory):
     assert over_floor("issued", *bwd) <= ISSUED[shared_memory]
     if shared_memory == LARGE:
         assert over_floor("compulsory", *bwd) <= 1.02
+
+
+def test_more_heads_than_a_grid_has_blocks_are_counted_right():
+    sizes = (65536, 65536, 1, 1, 8)
+    with pytest.raises(ValueError, match="4294967296 blocks"):
+        platform.causal_attention_fwd(*[None] * 7, sizes, 1.0, 1.0, torch.bfloat16, (-1, 0))

@@ -21,6 +21,7 @@ from tests.cases import (
     PARITY,
     SEED,
     Case,
+    assert_same,
     backends_of,
     cast,
     causal_attention,
@@ -67,11 +68,6 @@ class LowLevelCalls(TorchDispatchMode):
         if func.namespace == "gpt1_kernels":
             self.made.append((func.name(), [a for a in args if not isinstance(a, torch.Tensor)]))
         return func(*args, **(kwargs or {}))
-
-
-def assert_same(actual: dict, expected: dict) -> None:
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
 
 
 @needs_gpus

@@ -15,12 +15,11 @@ from tests.cases import (
     SEED,
     P,
     backends_of,
-    cast,
     check_parity,
+    check_repeatable,
     embedding,
     on_backends,
     results,
-    upstream,
 )
 
 CHUNK = 64  # rows that share a partial sum
@@ -63,11 +62,7 @@ def test_parity(case, backend, dtype):
 
 @on_backends(RUNS)
 def test_two_runs_are_bit_equal(case, backend):
-    inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
-    with use_backend(backend):
-        first, second = (results(case.fused, inputs, dout) for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    check_repeatable(case, backend)
 
 
 @on_each_backend

@@ -91,7 +91,7 @@ def test_the_cache_changes_no_token_of_a_left_padded_batch(model, choice):
 
 
 @pytest.mark.parametrize("lengths", [(3, 10, 1), (10, 10), (4, 2)], ids=str)
-def test_row9_a_left_padded_row_continues_as_it_does_alone(model, lengths):
+def test_row09_a_left_padded_row_continues_as_it_does_alone(model, lengths):
     ids, mask = left_padded(lengths, 10)
     actual = model.generate(ids, mask, max_new_tokens=NEW)
     assert torch.equal(actual[:, :10], ids)

@@ -16,7 +16,7 @@ ROUNDS, ADDED = 9, 3000  # µs
 )
 def test_what_is_added_to_an_op_is_seen(backend, monkeypatch):
     before = host_overhead(backend, ROUNDS)
-    assert before.keys() == set(ops.__all__) - {"dropout_mask"} | {"causal_attention_qkvpacked"}
+    assert before.keys() == set(ops.__all__) - {"dropout_mask"}
     assert all(empty > 0 for _, empty in before.values())
 
     layer_norm = ops.layer_norm

@@ -153,7 +153,7 @@ def trainer(tmp_path):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_the_trainer_of_transformers(trainer, tmp_path, options):
+def test_the_trainer_of_transformers(trainer, options):
     if "processing_class" in options:
         transformers = pytest.importorskip("transformers")
         letters = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, "<unk>"))

@@ -18,9 +18,11 @@ from gpt1_kernels.backends.portable import linear_cross_entropy as portable
 from tests.cases import (
     DEVICE,
     DTYPES,
+    assert_same,
     backends_of,
     cast,
     check_parity,
+    check_repeatable,
     inputs_for,
     linear_cross_entropy,
     on_backends,
@@ -122,11 +124,7 @@ def test_chunks_of_rows(case, backend, dtype, small_chunks):
 
 @on_backends([linear_cross_entropy("chunks", 129, 16, 100)])
 def test_two_runs_over_chunks_are_bit_equal(case, backend, small_chunks):
-    inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
-    with use_backend(backend):
-        first, second = (results(case.fused, inputs, dout) for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(second[name], value), name
+    check_repeatable(case, backend)
 
 
 @on_every_backend
@@ -147,8 +145,7 @@ def test_a_token_of_weight_zero_takes_no_gradient_from_a_bad_loss(backend, dtype
         expected = results(case.fused, cast(case, dtype, dtype), dout)
         dout[[0, 4]] = torch.nan
         actual = results(case.fused, cast(case, dtype, dtype), dout)
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, expected)
 
 
 @on_every_backend
@@ -161,8 +158,7 @@ def test_an_ignored_index_may_be_a_token(backend):
     with use_backend(backend):
         actual = results(partial(case.fused, ignore_index=0), inputs)
         expected = results(partial(case.fused, targets=other), inputs)
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, expected)
 
 
 @on_every_backend
@@ -176,8 +172,7 @@ def test_targets_and_weights_of_any_stride(backend):
     with use_backend(backend):
         actual = results(partial(case.fused, **strided), inputs)
         expected = results(case.fused, inputs)
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, expected)
 
 
 @on_triton

@@ -14,7 +14,7 @@ from gpt1_kernels import (
     reference,
     use_backend,
 )
-from tests.cases import DEVICE, backends_of
+from tests.cases import DEVICE, assert_same, backends_of
 from tests.models import T, V, config, randomised, tokens, with_dropout
 
 
@@ -45,7 +45,7 @@ def test_language_model_against_the_oracle_in_fp64(model_config, row_offset):
         assert relative(gradient, parameters[name.removeprefix("transformer.")].grad) < 1e-5, name
 
 
-def test_row9_a_left_padded_batch_has_the_loss_of_the_sequences_alone():
+def test_row09_a_left_padded_batch_has_the_loss_of_the_sequences_alone():
     model, ids = randomised(GPT1LMHeadModel(config())), tokens(2, T - 4)
     padded = torch.nn.functional.pad(ids, (4, 0))
     mask = (padded > 0).long()  # no token is 0
@@ -104,8 +104,7 @@ def test_row19_checkpointing_changes_no_gradient(autocast):
     model.gradient_checkpointing_enable()
     again, actual = run()
     assert torch.equal(loss, again)
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

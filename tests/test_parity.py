@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from gpt1_kernels import use_backend
-from tests.cases import DTYPES, PARITY, cast, check_parity, on_backends, results, upstream
+from tests.cases import DTYPES, PARITY, check_parity, check_repeatable, on_backends
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -20,8 +19,4 @@ def test_fp32_parameters_beside_bf16_activations(case, backend):
 
 @on_backends(PARITY)
 def test_two_runs_are_bit_equal(case, backend):
-    inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
-    with use_backend(backend):
-        first, second = (results(case.fused, inputs, dout) for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    check_repeatable(case, backend)

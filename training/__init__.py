@@ -1,1 +1,1 @@
-"""GPT-1's pre-training, each program a visible loop and a command line."""
+"""GPT-1 trained, fine-tuned and analysed: each program a visible loop and a command line."""

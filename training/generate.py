@@ -51,9 +51,7 @@ def main(config: GenerateConfig) -> None:
         "top_p": config.top_p,
         "stop_token": None if config.stop is None else single_token(tokenizer, config.stop),
         # One stream of draws for all lines: a line that is typed twice goes on differently.
-        "seed": torch.Generator(model.transformer.tokens_embed.weight.device).manual_seed(
-            config.seed
-        ),
+        "seed": torch.Generator(model.device).manual_seed(config.seed),
     }
     if config.prompt is not None and not config.prompt.strip():
         raise ValueError(f"--prompt: {config.prompt!r}, expected some text")

@@ -24,10 +24,9 @@ def sample(
 
     An empty prompt is taken as one unknown token.
     """
-    ids = tokenizer.encode(prompt).tolist() or [0]
-    device = next(model.parameters()).device
+    ids = torch.tensor([tokenizer.encode(prompt).tolist() or [0]], device=model.device)
     text = model.generate(
-        torch.tensor([ids], device=device), max_new_tokens=new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p, stop_token=stop_token, seed=seed,
+        ids, max_new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        stop_token=stop_token, seed=seed,
     )  # fmt: skip
     return tokenizer.decode(text[0].cpu())

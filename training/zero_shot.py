@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,8 +62,8 @@ class ZeroShotConfig:
     """Where zero_shot.json and zero_shot.png go. Default: the run's folder."""
     batch_size: int = 32
     """Sequences at a time."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cpu, cuda or cuda:N."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: a GPU where there is one."""
 
 
 class Scored(NamedTuple):
@@ -79,7 +79,7 @@ SCALE = {"cola": (0.0, 0.350), "sst2": (0.5, 0.932), "race": (0.25, 0.533), "dpr
 
 
 def main(config: ZeroShotConfig) -> None:
-    default_device(config.device)
+    config = replace(config, device=str(default_device(config.device)))
     require(config, ("examples",), lambda x: x >= (1 if config.cola is None else 2),
             "at least 1, and 2 for CoLA's threshold")  # fmt: skip
     require(config, ("batch_size",), lambda x: x >= 1, "at least 1")

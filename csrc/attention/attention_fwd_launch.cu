@@ -17,7 +17,7 @@ void causal_attention_fwd(HeadsArray q, HeadsArray k, HeadsArray v, Array keep_b
         dispatch_head_size(problem.D, [&](auto columns) {
             using Kernel = AttentionForward<T, columns()>;
             const std::int64_t tiles = (problem.Tq + Kernel::kQueries - 1) / Kernel::kQueries;
-            launch<Kernel>(problem.B * problem.H * tiles, Kernel::kMaxSharedBytes, stream,
+            launch<Kernel>(std::int64_t{problem.B} * problem.H * tiles, Kernel::kMaxSharedBytes, stream,
                            {problem, In(q), In(k), In(v), Heads<T>(o), Global<float>(lse), log2_scale});
         });
     });

@@ -31,6 +31,7 @@ OPS = {
 BACKENDS = ("triton", "cuda", "cuda_host", "portable")
 # The order holds until a committed measurement on a GPU says otherwise. `cuda_host` is for tests.
 AUTOMATIC = ("triton", "cuda", "portable")
+MINIMUM_CAPABILITY = (8, 0)
 _PACKAGES = {name: name for name in BACKENDS} | {"cuda_host": "cuda"}
 
 launches: Counter[tuple[str, str]] = Counter()
@@ -63,7 +64,9 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: `name` is not a backend.
     """
-    _forced.append(_known(name))
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r}, expected one of {', '.join(BACKENDS)}")
+    _forced.append(name)
     try:
         yield
     finally:
@@ -124,6 +127,16 @@ def unavailable_reason(backend: str, op: str, device: str) -> str | None:
     return importlib.import_module(package).unavailable_reason(backend, device)
 
 
+def old_gpu_reason() -> str | None:
+    """Which GPU of this machine no kernel of ours is compiled for, or None."""
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < MINIMUM_CAPABILITY:
+            found, needed = (".".join(map(str, c)) for c in (capability, MINIMUM_CAPABILITY))
+            return f"GPU {index} has compute capability {found}, below {needed}"
+    return None
+
+
 def automatic_choice(op: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
     """The first backend that can serve a call on a device type; a GPU's fallback is logged once."""
     if device != "cuda":
@@ -180,9 +193,3 @@ def _environment_choice() -> str | None:
 @cache
 def _module(backend: str, op: str):
     return importlib.import_module(f"gpt1_kernels.backends.{_PACKAGES[backend]}.{OPS[op]}")
-
-
-def _known(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"backend: {name!r}, expected one of {', '.join(BACKENDS)}")
-    return name

@@ -1,4 +1,4 @@
-"""What the backends with kernels share of rows: how one finds those of a (..., C)."""
+"""What the backends share of layouts: the rows of a (..., C), the heads of a (B, T, 3C)."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def by_rows(x: Tensor) -> tuple[Tensor, int]:
 def as_matrix(x: Tensor) -> Tensor:
     """(..., C) as (N, C), in memory of its own only if need be."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, views (B, T, H, D) of a packed (B, T, 3C)."""
+    B, T, width = qkv.shape
+    return qkv.view(B, T, 3, n_head, width // (3 * n_head)).unbind(2)

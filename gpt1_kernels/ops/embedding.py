@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends import resolve
-from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.ops._library import (
     apart,
+    check_activation,
     check_device,
     check_dropout,
     check_dtype,
@@ -116,7 +116,7 @@ def embedding(
         ValueError: shapes that do not fit, T > P, tensors on two devices.
     """
     op = "embedding"
-    check_dtype(op, "w_token", w_token, ACTIVATION_DTYPES)
+    check_activation(op, "w_token", w_token)
     check_shape(op, "w_token", w_token, ("V", "C"))
     check_dtype(op, "w_position", w_position, (w_token.dtype,))
     check_shape(op, "w_position", w_position, ("P", w_token.shape[1]))

@@ -315,7 +315,7 @@ def test_a_fine_tuned_model_can_be_fine_tuned_again(settings, tmp_path):
     assert model.config.extra["id2label"] == {"0": "0", "1": "1"}
 
 
-def test_scratch_needs_no_model(settings, tmp_path):
+def test_scratch_needs_no_model(settings):
     config = settings(model=None, epochs=1, train_examples=40)
     finetune.main(config)
     model = GPT1TaskModel.from_pretrained(config.out / "model")
@@ -415,12 +415,12 @@ def test_row29_an_interrupted_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("module", "folder", "call"),
-    [(pretrained_files, "model", 1), (checkpoint, "step-00000012", 2)],
+    ("module", "folder"),
+    [(pretrained_files, "model"), (checkpoint, "step-00000012")],
     ids=["best-model", "checkpoint"],
 )
 def test_row29_a_full_disk_stops_the_run_and_loses_nothing(
-    settings, whole, monkeypatch, module, folder, call
+    settings, whole, monkeypatch, module, folder
 ):
     """In the first epoch's model, and in the second epoch's checkpoint, when its model is there."""
     config, original = settings(), module.save_file

@@ -233,7 +233,7 @@ def test_a_folder_that_is_no_interrupted_run_is_refused(run, whole, tmp_path, ke
 
 
 @pytest.fixture
-def another_run(tmp_path):
+def another_run():
     """another_run(folder): locks it as the run of another process does."""
     with contextlib.ExitStack() as stack:
 

@@ -65,7 +65,7 @@ def test_a_store_holds_the_tokens_of_every_document(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "itemsize"), [(2**16, 2), (2**16 + 1, 4)])
-def test_tokens_take_no_more_bytes_than_they_need(size, itemsize, tmp_path, monkeypatch):
+def test_tokens_take_no_more_bytes_than_they_need(size, itemsize, tmp_path):
     class Numbers:
         """A tokenizer whose text is ids."""
 

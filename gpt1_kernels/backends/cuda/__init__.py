@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from gpt1_kernels.backends import old_gpu_reason
 from gpt1_kernels.backends.cuda import extension
 
-MINIMUM_CAPABILITY = (8, 0)
 DEVICES = {"cuda": "cuda", "cuda_host": "cpu"}
 
 
@@ -34,12 +34,7 @@ def _gpu_reason() -> str | None:
             f"the NVIDIA driver is for CUDA {_release(driver)}, older than the CUDA "
             f"{_release(runtime)} that the kernels were compiled with"
         )
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if capability < MINIMUM_CAPABILITY:
-            found, needed = (".".join(map(str, c)) for c in (capability, MINIMUM_CAPABILITY))
-            return f"GPU {index} has compute capability {found}, below {needed}"
-    return None
+    return old_gpu_reason()
 
 
 def _release(version: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gpt1_kernels.backends.cuda.extension import NARROW_DTYPES, VECTOR, launch
+from gpt1_kernels.backends.rows import unpacked
 from gpt1_kernels.rng import keep_scale
 
 DTYPES = NARROW_DTYPES
@@ -60,7 +61,7 @@ def causal_attention_qkvpacked_fwd(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _unpacked(qkv, n_head)
+    q, k, v = unpacked(qkv, n_head)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     return o.flatten(2), _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p)
 
@@ -76,19 +77,13 @@ def causal_attention_qkvpacked_bwd(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    q, k, v = _unpacked(qkv, n_head)
+    q, k, v = unpacked(qkv, n_head)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _backward(
         dout.view(q.shape), q, k, v, out.view(q.shape), lse, keep_bits, first_key,
-        *_unpacked(dqkv, n_head), scale, dropout_p,
+        *unpacked(dqkv, n_head), scale, dropout_p,
     )  # fmt: skip
     return dqkv
-
-
-def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (B, T, H, D) of a packed (B, T, 3C)."""
-    B, T, width = qkv.shape
-    return qkv.view(B, T, 3, n_head, width // (3 * n_head)).unbind(2)
 
 
 def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):

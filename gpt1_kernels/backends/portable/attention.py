@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends.portable.dropout import multiplier, unpack
+from gpt1_kernels.backends.rows import unpacked
 
 QUERIES_PER_BLOCK = 128
 WORKSPACE_ELEMENTS = 2**24  # of one block of scores
@@ -67,7 +68,7 @@ def causal_attention_qkvpacked_fwd(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _unpacked(qkv, n_head)
+    q, k, v = unpacked(qkv, n_head)
     out, lse = causal_attention_fwd(q, k, v, keep_bits, first_key, scale, dropout_p)
     return out.flatten(2), lse
 
@@ -83,7 +84,7 @@ def causal_attention_qkvpacked_bwd(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    q, k, v = _unpacked(qkv, n_head)
+    q, k, v = unpacked(qkv, n_head)
     grads = _gradients(dout.view(q.shape), q, k, v, keep_bits, first_key, scale, dropout_p)
     return torch.stack(grads, 2).flatten(2)
 
@@ -161,9 +162,3 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     """(B, T, H, D) → (B, H, T, D), contiguous."""
     return [t.transpose(1, 2).contiguous() for t in tensors]
-
-
-def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (B, T, H, D) of a packed (B, T, 3C)."""
-    batch, length, width = qkv.shape
-    return qkv.view(batch, length, 3, n_head, width // (3 * n_head)).unbind(2)

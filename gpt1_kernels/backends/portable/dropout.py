@@ -49,6 +49,12 @@ def multiplier(keep: Tensor, p: float) -> Tensor:
     return keep.view(torch.uint8).float().mul_(rng.keep_scale(p))
 
 
+def row_multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
+    """fp32 (..., C): the scale where an element is kept, else 0."""
+    keep = keep_mask(seed, shape[:-1].numel(), shape[-1], p, row_offset)
+    return multiplier(keep, p).view(shape)
+
+
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float, row_offset: int) -> Tensor:
     """bool (rows, columns), True keeps."""
     return _keep(seed, torch.arange(row_offset, row_offset + rows, device=seed.device), columns, p)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import embedding as rows_of
 
 from gpt1_kernels.backends.ids import check_ids, nan_where_invalid
-from gpt1_kernels.backends.portable.dropout import keep_mask, multiplier
+from gpt1_kernels.backends.portable.dropout import row_multiplier
 
 
 def embedding_fwd(
@@ -32,7 +32,7 @@ def embedding_fwd(
         valid.append(check_ids("embedding", token_type_ids, w_token.shape[0]))
         out = out + rows_of(_safe(token_type_ids, valid[-1]), w_token)
     if dropout_p > 0.0:
-        out = out * _multiplier(seed, out.shape, dropout_p, row_offset)
+        out = out * row_multiplier(seed, out.shape, dropout_p, row_offset)
     return nan_where_invalid(out, *valid).to(dtype)
 
 
@@ -51,7 +51,7 @@ def embedding_bwd(
 ) -> tuple[Tensor, Tensor]:
     grad = dout.float()
     if dropout_p > 0.0:
-        grad = grad * _multiplier(seed, dout.shape, dropout_p, row_offset)
+        grad = grad * row_multiplier(seed, dout.shape, dropout_p, row_offset)
     dw_token = dw_position = dout.new_empty(0, dtype=table_dtype)
     if needs[0]:
         total = _scatter(grad, ids, n_token)
@@ -77,10 +77,3 @@ def _scatter(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
 
 def _safe(ids: Tensor, valid: Tensor | None) -> Tensor:
     return ids if valid is None else torch.where(valid, ids, 0)
-
-
-def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
-    """fp32 (B, T, C): the scale where an element is kept, else 0."""
-    batch, length, width = shape
-    mask = keep_mask(seed, batch * length, width, p, row_offset)
-    return multiplier(mask, p).view(shape)

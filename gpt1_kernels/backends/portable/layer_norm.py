@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.portable.dropout import keep_mask, multiplier
+from gpt1_kernels.backends.portable.dropout import row_multiplier
 from gpt1_kernels.backends.portable.sums import column_sums
 
 
@@ -58,7 +58,7 @@ def dropout_add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branch = x.float() if x_bias is None else x.float() + x_bias
     if dropout_p > 0.0:
-        branch = _multiplier(seed, x.shape, dropout_p, row_offset).mul_(branch)
+        branch = row_multiplier(seed, x.shape, dropout_p, row_offset).mul_(branch)
     total = (residual + branch).to(x.dtype)
     y, mean, rstd = layer_norm_fwd(total, w, b, eps)
     return y, total if save_total else x.new_empty(0), mean, rstd
@@ -83,7 +83,7 @@ def dropout_add_layer_norm_bwd(
     dtotal, dw, db = layer_norm_bwd(dy, total, w, mean, rstd, [need_total, need_w, need_b])
     dx = dtotal
     if dropout_p > 0.0 and (need_x or need_x_bias):
-        dx = _multiplier(seed, total.shape, dropout_p, row_offset).mul_(dtotal).to(total.dtype)
+        dx = row_multiplier(seed, total.shape, dropout_p, row_offset).mul_(dtotal).to(total.dtype)
     dx_bias = w.new_empty(0, dtype=torch.float32)
     if need_x_bias:
         dx_bias = column_sums(dx.flatten(0, -2))
@@ -100,9 +100,3 @@ def dropout_add_layer_norm_bwd(
 def _minus(x32: Tensor, mean: Tensor, x: Tensor) -> Tensor:
     """x32 − mean, in the memory of x32 where that is not x's."""
     return torch.sub(x32, mean, out=None if x32 is x else x32)
-
-
-def _multiplier(seed: Tensor, shape: torch.Size, p: float, row_offset: int) -> Tensor:
-    """fp32 (..., C): the scale where an element is kept, else 0."""
-    keep = keep_mask(seed, shape[:-1].numel(), shape[-1], p, row_offset)
-    return multiplier(keep, p).view(shape)

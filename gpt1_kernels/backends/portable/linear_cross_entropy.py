@@ -24,17 +24,8 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     valid = check_ids("linear_cross_entropy", targets, w.shape[0], ignore_index)
     target, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
-    losses = torch.empty_like(weight)
-    dtype, (h, w) = h.dtype, _for_products(h, w)
-    dh, dw = _empty_gradients(h, w, gradients)
-    for rows, logits in _chunks(h, w):
-        for block in _blocks(logits):
-            index = slice(rows.start + block.start, rows.start + block.stop)
-            losses[index] = _losses(
-                logits[block], target[index, None], weight[index, None], any(gradients)
-            )
-        _products(logits, h, w, rows, dh, dw, gradients)
-    return nan_where_invalid(losses, valid), dh.to(dtype), dw
+    losses, dh, dw = _by_chunks(h, w, target, weight, gradients)
+    return nan_where_invalid(losses, valid), dh, dw
 
 
 def linear_cross_entropy_bwd(
@@ -49,20 +40,35 @@ def linear_cross_entropy_bwd(
     valid = check_ids("linear_cross_entropy", targets, w.shape[0], ignore_index)
     target, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
     weight = torch.where(weight == 0, 0, weight * dloss)
-    dtype, (h, w) = h.dtype, _for_products(h, w)
-    dh, dw = _empty_gradients(h, w, needs)
-    for rows, logits in _chunks(h, w):
-        for block in _blocks(logits):
-            index = slice(rows.start + block.start, rows.start + block.stop)
-            _losses(logits[block], target[index, None], weight[index, None], True)
-        _products(logits, h, w, rows, dh, dw, needs)
-    return dh.to(dtype), dw.to(dtype)
+    _, dh, dw = _by_chunks(h, w, target, weight, needs)
+    return dh, dw.to(w.dtype)
 
 
 def scale_gradients(
     dh: Tensor, dw: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return (dh.float() * scale).to(dh.dtype), (dw * scale).to(dtype)
+
+
+def _by_chunks(
+    h: Tensor,  # (N, C)
+    w: Tensor,  # (V, C)
+    target: Tensor,  # (N,)
+    weight: Tensor,  # (N,)
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted losses, dh and fp32 dw, these of 0 elements if not needed."""
+    losses = torch.empty_like(weight)
+    dtype, (h, w) = h.dtype, _for_products(h, w)
+    dh, dw = _empty_gradients(h, w, needs)
+    for rows, logits in _chunks(h, w):
+        for block in _blocks(logits):
+            index = slice(rows.start + block.start, rows.start + block.stop)
+            losses[index] = _losses(
+                logits[block], target[index, None], weight[index, None], any(needs)
+            )
+        _products(logits, h, w, rows, dh, dw, needs)
+    return losses, dh.to(dtype), dw
 
 
 def _losses(

@@ -8,10 +8,9 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import torch
+from gpt1_kernels.backends import old_gpu_reason
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-MINIMUM_CAPABILITY = (8, 0)
 
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
     from gpt1_kernels.backends.triton import interpreter  # noqa: F401
@@ -30,9 +29,4 @@ def unavailable_reason(backend: str, device_type: str) -> str | None:
             f"Triton does not run on {device_type} tensors; for CPU tensors, its interpreter does: "
             "set TRITON_INTERPRET=1 before Python starts"
         )
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if capability < MINIMUM_CAPABILITY:
-            found, needed = (".".join(map(str, c)) for c in (capability, MINIMUM_CAPABILITY))
-            return f"GPU {index} has compute capability {found}, below {needed}"
-    return None
+    return old_gpu_reason()

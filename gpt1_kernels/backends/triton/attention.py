@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpt1_kernels.backends.rows import unpacked
 from gpt1_kernels.backends.triton.launch import (
     attention_dkdv_tiles,
     attention_dq_tiles,
@@ -517,7 +518,7 @@ def causal_attention_qkvpacked_fwd(
 ) -> tuple[Tensor, Tensor]:
     B, T, width = qkv.shape
     o = qkv.new_empty(B, T, width // 3)
-    return o, _forward(*_unpacked(qkv, n_head), keep_bits, first_key, o, scale, dropout_p)
+    return o, _forward(*unpacked(qkv, n_head), keep_bits, first_key, o, scale, dropout_p)
 
 
 def causal_attention_qkvpacked_bwd(
@@ -533,16 +534,10 @@ def causal_attention_qkvpacked_bwd(
 ) -> Tensor:
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _backward(
-        dout, *_unpacked(qkv, n_head), out, lse, keep_bits, first_key, *_unpacked(dqkv, n_head),
+        dout, *unpacked(qkv, n_head), out, lse, keep_bits, first_key, *unpacked(dqkv, n_head),
         scale, dropout_p,
     )  # fmt: skip
     return dqkv
-
-
-def _unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (B, T, H, D) of a packed (B, T, 3C)."""
-    B, T, width = qkv.shape
-    return qkv.view(B, T, 3, n_head, width // (3 * n_head)).unbind(2)
 
 
 def _within_reach(*tensors: Tensor) -> list[Tensor]:

@@ -226,8 +226,8 @@ def matmul(
     out: Tensor,  # (M, N)
     *,
     accumulate: bool = False,
-) -> Tensor:
-    """out = a b, or out += a b; returns out.
+) -> None:
+    """out = a b, or out += a b.
 
     Args:
         a: bf16, fp16 or fp32, either axis contiguous. What it has beyond (M, K), a padding that
@@ -239,7 +239,6 @@ def matmul(
         product(a, b, add_product, (out,))
     else:
         product(a, b, store_product, (out, None))
-    return out
 
 
 def product(
