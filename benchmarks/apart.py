@@ -7,6 +7,7 @@ must not take the rest along runs in a process of its own.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LAST_LINES = 12  # of what a program that failed wrote to its standard error
 
 
@@ -30,6 +32,16 @@ class Outcome:
     seconds: float
 
 
+def end_with_parent() -> None:
+    """Has this process killed once the one that started it is no more, however that ended.
+
+    What runs apart would go on otherwise, beside whatever is timed on the machine next. Linux alone
+    has this.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run_apart(arguments: Sequence[str], seconds: float, cwd: Path) -> Outcome:
     """Runs Python with these arguments and the name of a file, to which it appends JSON objects.
 
@@ -37,7 +49,10 @@ def run_apart(arguments: Sequence[str], seconds: float, cwd: Path) -> Outcome:
         seconds: after which it is killed, with the processes that it started.
     """
     start = time.monotonic()
-    with tempfile.NamedTemporaryFile("r") as lines, tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.NamedTemporaryFile("r") as lines,
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+    ):
         process = subprocess.Popen(
             [sys.executable, *arguments, lines.name],
             cwd=cwd, stderr=errors, start_new_session=True,
@@ -59,7 +74,9 @@ def run_apart(arguments: Sequence[str], seconds: float, cwd: Path) -> Outcome:
 
 def _why(code: int, errors: str) -> str | None:
     """Why a program failed, or None if it did not."""
-    last = "\n".join(errors.splitlines()[-LAST_LINES:])
-    if code < 0:
-        return f"it ended by {signal.Signals(-code).name}\n{last}".strip()
-    return last if code else None
+    if code == 0:
+        return None
+    last = errors.rstrip().splitlines()[-LAST_LINES:]
+    if code < 0 or not last:  # what it wrote then need not be the reason
+        last.append(f"it ended by {signal.Signals(-code).name if code < 0 else f'exit({code})'}")
+    return "\n".join(last)

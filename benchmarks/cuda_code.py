@@ -13,10 +13,12 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks import sass
-from csrc.build import FOLDERS, sources
+from csrc.build import FOLDERS, is_outdated, sources
 from gpt1_kernels.backends.cuda import extension
 
 OBJECTS = [FOLDERS["_cuda"] / f"{source}.o" for source in sources(False) if source.suffix == ".cu"]
+
+OUTDATED = "its sources were changed since it was built"
 
 NOT_GPT1 = re.compile(
     r"6__half"
@@ -45,6 +47,8 @@ def absence() -> str | None:
         return f"backend cuda: {reason}"
     if not all(path.exists() for path in OBJECTS):
         return "the compiled kernels were not built in this tree"
+    if is_outdated("_cuda"):
+        return OUTDATED
     return None
 
 

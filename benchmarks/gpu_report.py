@@ -9,10 +9,10 @@ is measured replaces what the folder has of it. A part that fails is reported, a
 What compiles for long is compiled by rehearsals of the later parts, beside the parity tests; with
 --only they are parts like the others.
 
-It compiles the CUDA kernels if they are not there (`pip install -e . --no-deps
---no-build-isolation`, for which nothing is fetched). It needs torch 2.11 or later, triton 3.6 or
-later, numpy, safetensors, pytest, ninja, pybind11, setuptools and matplotlib; `transformers` and
-other peers are measured where they are installed.
+It compiles the CUDA kernels if they are not there, or older than their sources (`pip install -e .
+--no-deps --no-build-isolation`, for which nothing is fetched). It needs torch 2.11 or later, triton
+3.6 or later, numpy, safetensors, pytest, ninja, pybind11, setuptools and matplotlib; `transformers`
+and other peers are measured where they are installed.
 
     python benchmarks/gpu_report.py --device cpu --out FOLDER
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, outcome in outcomes.items():
             results["parts"][name] = {
                 "commit": options.commit, "date": str(date.today()), "seconds": outcome.seconds,
-                "problem": outcome.problem, "found": outcome.found,
+                "problem": outcome.problem, "found": outcome.found, "machine": facts,
             }  # fmt: skip
         record.write(results, folder)
     write_page(results, folder)

@@ -32,8 +32,10 @@ import torch
 import tyro
 
 from benchmarks import baseline, cuda_code, traffic, triton_code
+from benchmarks.cuda_code import OUTDATED
 from benchmarks.host_overhead import host_overhead
 from benchmarks.launches import launches_of_update
+from csrc.build import is_outdated
 from gpt1_kernels.backends.cuda import extension
 
 CAPABILITIES = 80, 90, 100
@@ -76,7 +78,7 @@ def _host() -> Iterator[baseline.Rows]:
 
 
 def _host_build() -> str | None:
-    reason = extension.absence("cuda_host")
+    reason = OUTDATED if is_outdated("_cuda_host") else extension.absence("cuda_host")
     return reason and f"backend cuda_host: {reason}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-REGISTERS = 65536  # of a processor
+REGISTERS, SCHEDULERS = 65536, 4  # of a processor; a warp and its registers belong to a scheduler
 
 
 class Chip(NamedTuple):
@@ -33,5 +33,6 @@ def resident_programs(chip: Chip, warps: int, registers: int, shared: int) -> tu
         shared: bytes of a program.
     """
     of_warp = -(-32 * registers // 256) * 256
-    by_registers = min(chip.programs, chip.warps // warps, REGISTERS // of_warp // warps)
+    held = REGISTERS // SCHEDULERS // of_warp * SCHEDULERS
+    by_registers = min(chip.programs, chip.warps // warps, held // warps)
     return by_registers, min(chip.programs, chip.shared * 1024 // (shared + 1024))

@@ -135,7 +135,7 @@ def sdpa(backend: SDPBackend, case, qkv):
 
 def _heads(case, qkv):
     """q, k, v, (B, H, T, D) each."""
-    return qkv.unflatten(-1, (3, case.H, case.D)).transpose(1, 3).unbind(2)
+    return [x.unflatten(-1, (case.H, -1)).transpose(1, 2) for x in qkv.chunk(3, -1)]
 
 
 def _together(out: Tensor) -> Tensor:  # (B, H, T, D) → (B, T, C)

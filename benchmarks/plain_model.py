@@ -30,9 +30,9 @@ class PlainLMHeadModel(nn.Module):
         positions = model.positions_embed.weight[: input_ids.shape[1]]
         h = dropout(model.tokens_embed(input_ids) + positions, c.embd_pdrop)
         for block in model.h:
-            qkv = block.attn.c_attn(h).unflatten(-1, (3, c.n_head, -1))
+            qkv = block.attn.c_attn(h).chunk(3, -1)  # one copy makes its gradient
             a = F.scaled_dot_product_attention(
-                *qkv.transpose(1, 3).unbind(2),
+                *[x.unflatten(-1, (c.n_head, -1)).transpose(1, 2) for x in qkv],
                 dropout_p=c.attn_pdrop if self.training else 0.0, is_causal=True,
             )  # fmt: skip
             a = block.attn.c_proj(a.transpose(1, 2).flatten(2))

@@ -1,13 +1,14 @@
 """A record: what one machine measured, in a folder.
 
-`results.json` has the `device` type, facts of the `machine`, and `parts` by name; a part has the
-`commit` and `date` of its run, its `seconds`, the `problem` that ended it or null, and what it
-`found`, as the functions of `benchmarks.report_parts` hand it over.
+`results.json` has the `device` type, facts of the `machine` as it was last, and `parts` by name; a
+part has the `commit`, `date` and `machine` of its run, its `seconds`, the `problem` that ended it
+or null, and what it `found`, as the functions of `benchmarks.report_parts` hand it over.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 RESULTS = "results.json"
@@ -31,11 +32,18 @@ def failures(record: dict) -> list[tuple[str, str]]:
             found.append((name, part["problem"]))
         found += [(name, wrong) for row in part["found"] for wrong in row.get("wrong", ())]
         found += [
-            (name, f"{row['tests']}: not all tests were through in time")
+            (name, f"{row['tests']}: {_why_not_all(row)}")
             for row in part["found"]
             if row.get("complete") is False
         ]
     return found
+
+
+def _why_not_all(tests: dict) -> str:
+    """Why tests are not complete; the parts kill them at the end of their time."""
+    code = tests.get("ended", -signal.SIGKILL)
+    in_time = code == -signal.SIGKILL
+    return "not all tests were through in time" if in_time else f"pytest ended with {code}"
 
 
 def left_out(record: dict) -> list[tuple[str, str, str]]:

@@ -27,15 +27,16 @@ KERNELS = 40
 
 
 def write_page(record: dict, folder: Path) -> None:
-    """Writes `README.md`, `roofline.png` and `peers.png`."""
+    """Writes `README.md`, and `roofline.png` and `peers.png` of what was measured."""
     results, ceilings = op_results(record), _ceilings(record)
     targets = _targets(record) if record["device"] == "cuda" else ""
     sections = [_title(record), _machine(record), targets, _failures(record)]
     if ceilings is not None and results:
         draw_roofline(results, ceilings, folder / "roofline.png")
+        sections.append("![Roofline](roofline.png)")
+    if results:
         draw_peers(results, folder / "peers.png")
-        sections += ["![Roofline](roofline.png)", "![Times beside peers](peers.png)"]
-        sections.append(_ops(results, ceilings))
+        sections += ["![Times beside peers](peers.png)", _ops(results, ceilings)]
     sections += [_steps(record, ceilings), _breakdown(record), _host(record), _parity(record)]
     sections.append(_left_out(record))
     (folder / "README.md").write_text("\n\n".join(filter(None, sections)) + "\n")
@@ -83,8 +84,10 @@ def _machine(record: dict) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     parts_of: dict[str, list[str]] = {}
     for name, part in record["parts"].items():
-        parts_of.setdefault(f"{part['commit']}, {part['date']}", []).append(name)
-    rows = [(f"commit {commit}", ", ".join(parts)) for commit, parts in parts_of.items()]
+        other = _flat(part.get("machine", facts)).items() - _flat(facts).items()
+        run = [f"commit {part['commit']}", part["date"], *sorted(f"{k} {v}" for k, v in other)]
+        parts_of.setdefault(", ".join(run), []).append(name)
+    rows = [(run, ", ".join(parts)) for run, parts in parts_of.items()]
     rows += [(k.replace("_", " "), str(v)) for k, v in facts.items() if k != "packages"]
     rows.append(("packages", packages))
     if (ceilings := _ceilings(record)) is not None:
@@ -93,6 +96,11 @@ def _machine(record: dict) -> str:
             ("bf16 product of random matrices", f"{number(1e-12 * ceilings.rate)} TFLOP/s"),
         ]
     return markdown(("machine", ""), rows)
+
+
+def _flat(facts: dict) -> dict[str, str | int | None]:
+    """Facts of a machine with the versions of its packages among them."""
+    return {k: v for k, v in facts.items() if k != "packages"} | facts["packages"]
 
 
 def _targets(record: dict) -> str:
@@ -114,7 +122,7 @@ def _failures(record: dict) -> str:
     return f"## What failed\n\n{markdown(('part', ''), rows)}" if rows else ""
 
 
-def _ops(results: list[Result], ceilings: Ceilings) -> str:
+def _ops(results: list[Result], ceilings: Ceilings | None) -> str:
     """A table for each case and direction."""
     grouped: dict[tuple[str, str], list[Result]] = {}
     for result in results:
@@ -129,9 +137,9 @@ def _ops(results: list[Result], ceilings: Ceilings) -> str:
 def _steps(record: dict, ceilings: Ceilings | None) -> str:
     rows = _rows(record, "step") + _rows(record, "captured_step")
     results = [ModelResult(**row) for row in rows if "flops" in row]
-    if not results or ceilings is None:
+    if not results:
         return ""
-    lines = map(model_cells, model_figures(results, ceilings.rate))
+    lines = map(model_cells, model_figures(results, ceilings and ceilings.rate))
     return f"## The whole update\n\n{markdown(MODEL_HEADER, lines)}"
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, ceilings
+from benchmarks.apart import end_with_parent
 from benchmarks.cases import Case
 from benchmarks.compare import compare
 from benchmarks.compare_models import GPT1, Size, compare_models
@@ -31,7 +32,7 @@ from benchmarks.host_overhead import host_overhead
 from benchmarks.peers import implementations
 from benchmarks.timing import measure
 from benchmarks.train_step import SIDES, Side, make_calls
-from csrc.build import find_nvcc
+from csrc.build import find_nvcc, is_outdated
 from gpt1_kernels.backends import unavailable_reason
 from gpt1_kernels.backends.cuda import extension
 
@@ -43,6 +44,7 @@ PACKAGES = (
 
 UPDATES = 5  # that follow one another
 REASON = 300  # characters of what a peer raised
+NO_TESTS = 5  # pytest's exit code where it selects none
 
 Emit = Callable[[dict], None]
 
@@ -119,13 +121,16 @@ PLANS = {"cuda": GPU, "cpu": TINY}
 
 
 def build(plan: Plan, emit: Emit) -> None:
-    """Compiles the CUDA kernels for this GPU, where nvcc is and they are not there."""
+    """Compiles the CUDA kernels for this GPU, where nvcc is and they are not there, or outdated."""
     if plan.device == "cpu":
         return emit({"left_out": {"cuda": "needs a GPU"}})
-    if (reason := extension.absence("cuda")) is None:
+    outdated = is_outdated("_cuda")  # first: what is loaded must not be written over
+    reason = "its sources were changed since" if outdated else extension.absence("cuda")
+    if reason is None:
         return emit({"built": "before"})
-    if find_nvcc() is None:
-        return emit({"left_out": {"cuda": f"{reason}; nvcc is not found"}})
+    if find_nvcc() is None:  # what is outdated is measured all the same
+        reason += "; nvcc is not found"
+        return emit({"wrong": [f"cuda: {reason}"]} if outdated else {"left_out": {"cuda": reason}})
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     command = [sys.executable, "-m", "pip", "install", "-e", ".", "--no-deps"]
     subprocess.run(
@@ -165,7 +170,7 @@ def parity(plan: Plan, emit: Emit) -> None:
     with contextlib.ExitStack() as files:
         running = []
         for pattern in plan.parity:
-            output = files.enter_context(tempfile.TemporaryFile("w+"))
+            output = files.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             arguments = ["tests/test_parity.py", "-k", pattern]
             process = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=output)
             running.append((pattern, process, output))
@@ -174,14 +179,19 @@ def parity(plan: Plan, emit: Emit) -> None:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+            code = process.wait()
             output.seek(0)
             tests = re.findall(r"^(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)", output.read(), re.M)
+            wrong = [name for name, verdict in tests if verdict in ("FAILED", "ERROR")]
+            none = {pattern: "there are no such tests here"} if code == NO_TESTS else {}
             emit(
                 {
                     "tests": pattern,
                     **{v: sum(verdict == v for _, verdict in tests) for v in ("PASSED", "SKIPPED")},
-                    "wrong": [name for name, verdict in tests if verdict in ("FAILED", "ERROR")],
-                    "complete": process.wait() in (0, 1),
+                    "wrong": wrong,
+                    "complete": code == (1 if wrong else 0) or code == NO_TESTS,
+                    "ended": code,
+                    "left_out": none,
                 }
             )
 
@@ -357,4 +367,5 @@ def main(name: str, device: str, file: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(*sys.argv[1:])

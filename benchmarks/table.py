@@ -23,28 +23,29 @@ class Figures:
     flops_per_s: float
     bytes_per_s: float
     """Of the floor's bytes: those that had to be moved, not those that were."""
-    share_of_floor: float
+    share_of_floor: float | None
     """The floor's time over the measured: 1 is as fast as the machine's ceilings allow."""
     times_best_peer: float | None
     """The best peer's time over this one's: above 1 is faster than every peer."""
     peak_bytes: int | None
 
 
-def figures(results: Sequence[Result], ceilings: Ceilings) -> list[Figures]:
-    """Of the results of one case in one direction."""
+def figures(results: Sequence[Result], ceilings: Ceilings | None) -> list[Figures]:
+    """Of the results of one case in one direction; without ceilings no shares of the floor."""
     medians = [r.timing.median for r in results if r.kind == "peer"]
     best_peer = min(medians, default=None)
     return [_figures(result, ceilings, best_peer) for result in results]
 
 
-def _figures(result: Result, ceilings: Ceilings, best_peer: float | None) -> Figures:
+def _figures(result: Result, ceilings: Ceilings | None, best_peer: float | None) -> Figures:
     timing = result.timing
+    floor = ceilings and sum(map(ceilings.seconds, result.floors))
     return Figures(
         implementation=result.implementation,
         **_spread(timing),
         flops_per_s=sum(floor.flops for floor in result.floors) / timing.median,
         bytes_per_s=sum(floor.bytes for floor in result.floors) / timing.median,
-        share_of_floor=sum(map(ceilings.seconds, result.floors)) / timing.median,
+        share_of_floor=floor and floor / timing.median,
         times_best_peer=best_peer and best_peer / timing.median,
         peak_bytes=result.peak_bytes,
     )
@@ -66,7 +67,7 @@ def cells(line: Figures) -> tuple[str, ...]:
         f"{number(1e6 * line.low)}-{number(1e6 * line.high)}",
         number(1e-12 * line.flops_per_s) if line.flops_per_s else "",
         number(1e-12 * line.bytes_per_s),
-        f"{line.share_of_floor:.1%}",
+        _percent(line.share_of_floor),
         _ratio(line.times_best_peer),
         _megabytes(line.peak_bytes),
     )
@@ -83,7 +84,7 @@ class ModelFigures:
     rounds: int
     tokens_per_s: float
     flops_per_s: float
-    utilisation: float
+    utilisation: float | None
     """MFU: the FLOPs a second that the model needs, over the ceiling."""
     times_best_peer: float | None
     times_transformers: float | None
@@ -91,23 +92,24 @@ class ModelFigures:
     peak_bytes: int | None
 
 
-def model_figures(results: Sequence[ModelResult], rate: float) -> list[ModelFigures]:
-    """Of the results of one size and pass; `rate` is the ceiling, FLOPs a second."""
-    rates = {r.implementation: r.tokens / r.timing.median for r in results}
-    best_peer = max((rates[r.implementation] for r in results if r.kind == "peer"), default=None)
-    eager = rates.get("transformers")
+def model_figures(results: Sequence[ModelResult], rate: float | None) -> list[ModelFigures]:
+    """Of the results of one size and pass; `rate` is the ceiling, FLOPs a second, if known."""
+    rates = [r.tokens / r.timing.median for r in results]
+    pairs = list(zip(results, rates, strict=True))
+    peers = {r.implementation: tokens for r, tokens in pairs if r.kind == "peer"}
+    best_peer, eager = max(peers.values(), default=None), peers.get("transformers")
     return [
         ModelFigures(
             implementation=r.implementation,
             **_spread(r.timing),
-            tokens_per_s=rates[r.implementation],
+            tokens_per_s=tokens,
             flops_per_s=r.flops / r.timing.median,
-            utilisation=r.flops / r.timing.median / rate,
-            times_best_peer=best_peer and rates[r.implementation] / best_peer,
-            times_transformers=eager and rates[r.implementation] / eager,
+            utilisation=rate and r.flops / r.timing.median / rate,
+            times_best_peer=best_peer and tokens / best_peer,
+            times_transformers=eager and tokens / eager,
             peak_bytes=r.peak_bytes,
         )
-        for r in results
+        for r, tokens in pairs
     ]
 
 
@@ -124,11 +126,15 @@ def model_cells(line: ModelFigures) -> tuple[str, ...]:
         f"{number(1e3 * line.low)}-{number(1e3 * line.high)}",
         number(line.tokens_per_s),
         number(1e-12 * line.flops_per_s),
-        f"{line.utilisation:.1%}",
+        _percent(line.utilisation),
         _ratio(line.times_best_peer),
         _ratio(line.times_transformers),
         _megabytes(line.peak_bytes),
     )
+
+
+def _percent(x: float | None) -> str:
+    return "" if x is None else f"{x:.1%}"
 
 
 def _ratio(x: float | None) -> str:

@@ -148,7 +148,7 @@ def _faster_steps(peer: str):
 
 
 def _triton_over_cuda(ops: tuple[str, ...]):
-    """CUDA's time over Triton's: of several ops, the least."""
+    """CUDA's time over Triton's: of several ops, the least, once all of them are measured."""
 
     def values(m: Measured):
         found = []
@@ -158,7 +158,8 @@ def _triton_over_cuda(ops: tuple[str, ...]):
                     times = [m.seconds(op, direction, name, dropout) for name in ("cuda", "triton")]
                     if (ratio := _ratio(*times)) is not None:
                         found.append((op, ratio))
-        yield min(found, key=lambda pair: pair[1], default=("", None))
+        if {op for op, _ in found} == {*ops}:
+            yield min(found, key=lambda pair: pair[1])
 
     return values
 

@@ -113,6 +113,15 @@ def flaw(figures: dict[str, int], shared_memory: int) -> str | None:
     return "need more tensor memory" if figures["tensor"] > TENSOR_MEMORY else None
 
 
+@contextmanager
+def allowing(shared_memory: int) -> Iterator[None]:
+    """Inside, heuristics choose for a chip with so much shared memory, in KiB, for a program."""
+    launch.product_tiles.cache_clear()
+    with mock.patch.object(launch, "shared_memory", return_value=shared_memory * 1024):
+        yield
+    launch.product_tiles.cache_clear()
+
+
 def called(
     family: Family, change: dict[str, int], dtype: torch.dtype, device: str
 ) -> tuple[list[torch.Tensor], list[Callable]]:
@@ -162,9 +171,10 @@ def tune(family: Family, capability: int, config: TuneConfig, timed: bool) -> No
         driver.reset_active()
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills what need not be written
         dtype = getattr(torch, config.dtype)
-        expected, _ = called(family, {}, dtype, "cuda")
-        for tiles, (change, _) in found.items():
-            times[tiles] = microseconds(family, change, dtype, expected)
+        with allowing(config.shared_memory):  # as they were compiled, whatever this GPU has
+            expected, _ = called(family, {}, dtype, "cuda")
+            for tiles, (change, _) in found.items():
+                times[tiles] = microseconds(family, change, dtype, expected)
     print(f"capability {capability / 10}, {config.dtype}")
     print("  " + "  ".join(columns(family, timed)))
     for tiles in sorted(found, key=lambda tiles: times.get(tiles) or inf):

@@ -12,6 +12,7 @@ Neither needs torch, a GPU or a driver. ENVIRONMENT.md has the variables that ar
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -133,6 +134,14 @@ def sources(on_host: bool) -> list[Path]:
     if on_host:
         return [p for p in files if not (p.name.startswith("device") or p.stem.endswith("_sm90a"))]
     return [p for p in files if not p.name.startswith("host")]
+
+
+def is_outdated(name: str) -> bool:
+    """Whether a module is there, but a source was changed since it was built; does not load it."""
+    module = importlib.util.find_spec(f"gpt1_kernels.{name}")
+    files = (p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h"))
+    newest = max(p.stat().st_mtime for p in files)
+    return module is not None and Path(module.origin).stat().st_mtime < newest
 
 
 def find_nvcc() -> str | None:

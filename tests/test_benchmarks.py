@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cases, compare_models, timing, train_step
@@ -26,7 +27,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.compare import Result, compare
 from benchmarks.compare_models import ModelResult, Size
 from benchmarks.host_overhead import unchecked_ids
-from benchmarks.peers import PEERS, Implementation, implementations
+from benchmarks.peers import PEERS, Implementation, implementations, sdpa
 from benchmarks.roofline import Floor, dropout_bits, model_flops
 from benchmarks.table import aligned, cells, figures, model_figures
 from benchmarks.timing import Timing, measure, samples
@@ -45,6 +46,8 @@ TINY = [
     LinearCrossEntropy(N=37, C=16, V=100),
     Embedding(B=3, T=9, C=16, V=50, p=0.1),
 ]
+
+TINY_MODEL = {"vocab_size": 50, "n_positions": 20, "n_embd": 32, "n_layer": 1, "n_head": 2}
 
 each_case = pytest.mark.parametrize("case", TINY, ids=str)
 
@@ -192,6 +195,31 @@ def test_everyone_here_is_right(case, dtype):
     assert timed == {(d, name) for d in case.directions for name in names}
 
 
+def test_a_peers_gradient_of_qkv_is_written_once():
+    """SDPA on a GPU, as on a CPU, returns those of q, k and v as one copy can join them."""
+
+    class Copies(TorchDispatchMode):
+        written = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function._schema.name in ("aten::cat", "aten::stack", "aten::clone", "aten::copy_"):
+                self.written += out.numel()
+            return out
+
+    case = CausalAttention(B=2, T=20, H=2, D=16)
+    tensors = cases.draw(case, "cpu", torch.bfloat16)
+    model = train_step.build("plain PyTorch", train_step.config(0.0, **TINY_MODEL))
+    ids = torch.zeros(2, 20, dtype=torch.int64)
+    for out, qkv in (
+        (sdpa(SDPBackend.FLASH_ATTENTION, case, **tensors), tensors["qkv"]),
+        (train_step.loss_of(model, ids), torch.empty(2, 20, 3 * 32)),
+    ):
+        with Copies() as copies:
+            out.sum().backward()
+        assert copies.written == qkv.numel()
+
+
 def test_what_is_wrong_is_not_timed():
     case = LayerNorm(N=37, C=48)
     right = Implementation("right", lambda case, x, w, b: reference.layer_norm(x, w, b, 1e-5))
@@ -279,6 +307,8 @@ def test_figures_of_a_model():
     assert ours.utilisation == pytest.approx(0.2)
     assert ours.times_best_peer == 1.5
     assert ours.times_transformers == 4.0
+    again = replace(results[-1], seconds=(0.5,))  # as captured updates have it beside them
+    assert [f.tokens_per_s for f in model_figures([*results, again], 10**10)][-2:] == [1000, 2000]
 
 
 def test_columns_are_aligned_and_empty_ones_left_out():

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -225,3 +226,20 @@ def test_jobs_are_limited_by_cores_and_memory(max_jobs, bytes_per_job, jobs, mon
         monkeypatch.setenv("MAX_JOBS", max_jobs)
     monkeypatch.setattr(build, "BYTES_PER_JOB", bytes_per_job)
     assert build.parallel_jobs() == jobs
+
+
+@pytest.mark.parametrize("source", ["norms/kernel.cu", "rows.cuh"])
+def test_a_module_is_outdated_once_a_source_is_newer(tmp_path, monkeypatch, source):
+    module, source = tmp_path / "_cuda.so", tmp_path / "csrc" / source
+    source.parent.mkdir(parents=True)
+    for path in (module, source, tmp_path / "csrc/build.pyc"):
+        path.touch()
+    spec = SimpleNamespace(origin=str(module))
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: spec)
+    for age, outdated in ((10, False), (30, True)):
+        os.utime(module, (20, 20))
+        os.utime(source, (age, age))
+        assert build.is_outdated("_cuda") is outdated
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert not build.is_outdated("_cuda")

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -220,7 +222,10 @@ with open(file, "a") as lines:
     lines.write(json.dumps({"found": 1}) + "\\n")
     lines.write('{"found": 2')  # and never the rest
 if how == "raises": raise ValueError("as asked")
+print("UserWarning: and no more", file=sys.stderr, flush=True)
 if how == "dies": os.kill(os.getpid(), 11)
+if how == "garbles": sys.stderr.buffer.write(b"\\xff, the end\\n"); sys.exit(2)
+if how == "is silent": os.ftruncate(2, 0); os._exit(3)
 if how == "hangs":
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     with open(file, "a") as lines: lines.write('}\\n' + json.dumps({"child": child.pid}) + "\\n")
@@ -234,6 +239,8 @@ if how == "hangs":
         ("ends", None),
         ("raises", "ValueError: as asked"),
         ("dies", signal.Signals.SIGSEGV.name),
+        ("garbles", ", the end"),
+        ("is silent", "exit(3)"),
         ("hangs", "it took longer than 3 s"),
     ],
 )
@@ -243,13 +250,74 @@ def test_what_a_program_found_before_its_end_counts(how, problem):
     if problem is None:
         assert outcome.problem is None
     else:
-        assert problem in outcome.problem
+        assert problem in outcome.problem.splitlines()[-1]  # which is the page's
     if how == "hangs":
         child = outcome.found[-1]["child"]
         deadline = time.monotonic() + 5
         while _is_running(child) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not _is_running(child)
+
+
+CHILD = """
+import os, time
+from benchmarks.apart import end_with_parent
+end_with_parent()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+from pathlib import Path
+from benchmarks.apart import run_apart
+run_apart(["-c", {CHILD!r}], 60, Path())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends it")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_part_outlives_the_report(how):
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.send_signal(how)
+    deadline = time.monotonic() + 5
+    while _is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _is_running(child)
+
+
+def test_tests_that_are_not_there_are_left_out():
+    found = []
+    plan = replace(TINY, parity=("portable and no_such_op", "1 +"))
+    report_parts.parity(plan, found.append)
+    record_of_it = {"parts": {"parity": {"problem": None, "found": found}}}
+    assert record.left_out(record_of_it) == [
+        ("parity", "portable and no_such_op", "there are no such tests here")
+    ]
+    assert record.failures(record_of_it) == [("parity", "1 +: pytest ended with 4")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "nvcc", "found"),
+    [
+        (False, "nvcc", {"built": "before"}),
+        (False, None, {"built": "before"}),
+        (True, "nvcc", {"built": "for 9.0"}),
+        (True, None, {"wrong": ["cuda: its sources were changed since; nvcc is not found"]}),
+    ],
+)
+def test_kernels_of_older_sources_are_not_measured_unsaid(monkeypatch, changed, nvcc, found):
+    emitted, commands = [], []
+    monkeypatch.setattr(report_parts, "is_outdated", lambda name: changed)
+    monkeypatch.setattr(report_parts, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(report_parts.extension, "absence", lambda backend: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(
+        report_parts.subprocess, "run", lambda command, **options: commands.append(command)
+    )
+    report_parts.build(report_parts.GPU, emitted.append)
+    assert emitted == [found]
+    assert bool(commands) is (found == {"built": "for 9.0"})
 
 
 def _is_running(pid: int) -> bool:
@@ -299,6 +367,8 @@ FOUND = [
     op(LOSS, "both", "triton", 50, peak=300_000_000),
     op(LOSS, "both", "eager", 100, peak=9_000_000_000), op(LOSS, "both", "Liger", 90),
     op("embedding", "both", "cuda", 9, True), op("embedding", "both", "triton", 10, True),
+    op(SITE, "both", "cuda", 9, True), op(SITE, "both", "triton", 9, True),
+    *(op("dropout_mask", "forward", name, 9, True) for name in ("cuda", "triton")),
     op("layer_norm", "both", "cuda", 9), op("layer_norm", "both", "triton", 8),
     update("gpt1_kernels, triton", "ours", 40), update("gpt1_kernels, cuda", "ours", 50),
     update("transformers", "peer", 240), update("compiled plain PyTorch", "peer", 50),
@@ -341,6 +411,14 @@ def test_targets(target):
     assert target.is_met(best[1]) is met
 
 
+@pytest.mark.parametrize("op", ["layer_norm", "dropout_mask"])
+def test_the_least_of_several_ops_is_known_when_all_are_measured(op):
+    """One that was wrong, or not reached, may be the least."""
+    lacking = [r for r in FOUND if (r.get("op"), r.get("implementation")) != (op, "triton")]
+    (target,) = (target for target in TARGETS if "where memory binds" in target.text)
+    assert target.best(Measured({"ops": {**PART, "found": lacking}})) is None
+
+
 def test_all_seven_targets_are_there():
     assert {target.number for target in TARGETS} == set(range(1, 8))
     assert {target.text for target in TARGETS} == EXPECTED.keys()
@@ -356,6 +434,28 @@ def test_the_page_of_a_gpu_has_the_targets(tmp_path):
     assert "| 2 | what dropout costs attention, in line | ≤ 30% | 20% | triton | yes |" in page
     assert "| 4 | GELU-FFN, x torch.compile | ≥ 1.15x | not measured |   |   |" in page
     assert "| 6 | the whole update, tokens/s | ≥ 700,000 | 819,200 | gpt1_kernels, triton |" in page
+
+
+def test_what_is_measured_without_the_ceilings_is_in_the_tables(tmp_path):
+    """As by --only, or where a copy of 4 GiB does not fit."""
+    machine = {"gpu": "NVIDIA H200", "packages": {}}
+    parts = {"ops": {**PART, "found": FOUND[1:]}, "step": {**PART, "found": FOUND[-2:]}}
+    write_page({"device": "cuda", "machine": machine, "parts": parts}, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "| SDPA flash | 270 | 270-270 |   | 0.0148 |   |" in page
+    assert "| compiled plain PyTorch | 50 | 50-50 | 655,360 | 20 |   | 1.00 | 4.80 |   |" in page
+
+
+def test_a_part_of_other_versions_says_so(tmp_path):
+    """Parts of one folder may be from two days, and from two machines with the same GPU."""
+    machine = {"gpu": "NVIDIA H200", "driver": "2", "packages": {"torch": "2.12"}}
+    earlier = {"gpu": "NVIDIA H200", "driver": "1", "packages": {"torch": "2.11"}}
+    part = {**PART, "found": []}
+    parts = {"host": {**part, "machine": machine}, "step": {**part, "machine": earlier}}
+    write_page({"device": "cuda", "machine": machine, "parts": parts}, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "| commit c, 2026-01-01 | host |" in page
+    assert "| commit c, 2026-01-01, driver 1, torch 2.11 | step |" in page
 
 
 def test_names_of_targets_are_those_of_implementations():

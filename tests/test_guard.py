@@ -128,6 +128,14 @@ def test_an_update_of_what_cannot_be_measured_leaves_it_and_fails(file, monkeypa
     assert "host: not measured: it was not built" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("part", ["bytes", "launches", "host"])
+@pytest.mark.usefixtures("file")
+def test_kernels_of_older_sources_are_not_compared(monkeypatch, capsys, part):
+    monkeypatch.setattr(guard, "is_outdated", lambda name: name == "_cuda_host")
+    assert not guard.main(guard.GuardConfig(parts=(part,), update=True))
+    assert "not measured: backend cuda_host: its sources were changed" in capsys.readouterr().out
+
+
 def test_the_file_has_a_row_a_line():
     assert baseline.FILE.read_text() == baseline._lines(baseline.read())
     rows = sum(len(part["rows"]) for part in baseline.read().values())

@@ -63,10 +63,30 @@ def test_a_family_names_what_exists(name):
         (90, 4, 32, 99 * 1024, (16, 2)),
         (89, 4, 32, 99 * 1024, (12, 1)),  # of 48 warps
         (90, 1, 16, 0, (32, 32)),
+        (90, 1, 200, 0, (8, 32)),  # two for each of the four schedulers, which share no registers
     ],
 )
 def test_resident_programs(capability, warps, registers, shared, programs):
     assert resident_programs(CHIPS[capability], warps, registers, shared) == programs
+
+
+def test_times_what_it_compiled_whatever_the_gpu_has(monkeypatch):
+    """With the shared memory of its option, and not the 227 KiB of the chip that times."""
+    timed = []
+
+    def microseconds(family, change, dtype, expected):
+        timed.append(launch.product_tiles(dtype, torch.device("cpu")))
+        return 1.0
+
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 227 * 1024)
+    figures = dict.fromkeys(tune.FIGURES, 0) | {"registers": 128, "main_loop": 64}
+    monkeypatch.setattr(tune, "compiled", lambda *args: (launch.SMALL_TILES, figures))
+    monkeypatch.setattr(tune, "called", lambda *args: ([torch.zeros(1)], []))
+    monkeypatch.setattr(tune, "microseconds", microseconds)
+    monkeypatch.setattr(tune.driver, "reset_active", lambda: None)
+    launch.product_tiles.cache_clear()
+    tune.tune(tune.FAMILIES["product"], 90, tune.TuneConfig("product"), timed=True)
+    assert timed == [launch.SMALL_TILES]
 
 
 @pytest.mark.parametrize("name", ["layer_norm_fwd", "partials"])  # a function, a constant
