@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 sys.path.insert(0, str(Path(__file__).parent))  # which a build under PEP 517 does not do
-from csrc.build import BuildWithNinja, extension_modules
+from csrc.build import BuildAfresh, BuildWithNinja, extension_modules
 
 setup(
     name="gpt1-kernels",
@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["gpt1_kernels*"]),
     package_dir={"": "."},
     ext_modules=extension_modules(),
-    cmdclass={"build_ext": BuildWithNinja},
+    cmdclass={"build": BuildAfresh, "build_ext": BuildWithNinja},
     install_requires=[
         "torch>=2.11",
         "numpy",

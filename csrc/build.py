@@ -24,6 +24,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -63,12 +64,23 @@ rule link_on_host
 
 def extension_modules() -> list[Extension]:
     """The modules to build, as the environment and the machine have it."""
+    if sys.platform != "linux":
+        return []
     names = []
     if os.environ.get("GPT1_KERNELS_BUILD_CUDA") != "0" and find_nvcc() is not None:
         names.append("_cuda")
     if os.environ.get("GPT1_KERNELS_BUILD_HOST") == "1":
         names.append("_cuda_host")
     return [Extension(f"gpt1_kernels.{name}", sources=[]) for name in names]
+
+
+class BuildAfresh(build):
+    """Starts without the files of an earlier wheel, which setuptools would pack again."""
+
+    def run(self) -> None:
+        for folder in (ROOT / "build").glob("lib*"):
+            shutil.rmtree(folder)
+        super().run()
 
 
 class BuildWithNinja(build_ext):
@@ -148,12 +160,12 @@ def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME, of the PATH, or of the Python package nvidia-cuda-nvcc, in this order."""
     home = os.environ.get("CUDA_HOME")
     in_packages = [str(path) for folder in _site_folders() for path in folder.glob("nvidia/*/bin")]
-    return (
+    nvcc = (
         (home and shutil.which("nvcc", path=os.path.join(home, "bin")))
         or shutil.which("nvcc")
         or (in_packages and shutil.which("nvcc", path=os.pathsep.join(in_packages)))
-        or None
     )
+    return os.path.abspath(nvcc) if nvcc else None  # ninja runs in another folder
 
 
 def _site_folders() -> list[Path]:

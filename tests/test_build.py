@@ -72,20 +72,20 @@ def project(tmp_path):
         file = root / "csrc" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    (root / "gpt1_kernels").mkdir()
+    executable(root / "gpt1_kernels/__init__.py")
     shutil.copy(ROOT / "setup.py", root)
     shutil.copy(build.__file__, root / "csrc")
 
     calls = tmp_path / "calls"
 
-    def run(nvcc=None, **variables):
+    def run(nvcc=None, command=("build_ext", "--inplace"), **variables):
         if nvcc is not None:
             executable(tmp_path / "toolkit/bin/nvcc", nvcc)
             variables |= {"CUDA_HOME": str(tmp_path / "toolkit"), "CALLS": str(calls)}
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("GPT1", "TORCH", "CUDA"))}
         calls.write_text("")
         process = subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            [sys.executable, "setup.py", *command],
             cwd=root, env={**kept, **variables}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         compiled = [Path(line).name for line in calls.read_text().splitlines()]
@@ -121,6 +121,22 @@ def test_each_module_has_its_platform_and_a_change_rebuilds_one_object(project):
     (project.root / "csrc/one/one.h").write_text("const int kOne = 8;\n")
     assert project(WORKING_NVCC)[2] == ["one.cu"]
     assert value_of(project.root, "_cuda") == 112
+
+
+def test_a_wheel_has_nothing_of_an_earlier_one(project):
+    old = project.root / "gpt1_kernels/removed.py"
+    old.touch()
+    code, output, _ = project(WORKING_NVCC, command=["build"])
+    assert code == 0, output
+    old.unlink()
+    code, output, _ = project(
+        command=["build"], GPT1_KERNELS_BUILD_CUDA="0", GPT1_KERNELS_BUILD_HOST="1"
+    )
+    assert code == 0, output
+    (packed,) = project.root.glob("build/lib*/gpt1_kernels")
+    assert sorted(path.name.partition(".")[0] for path in packed.iterdir()) == [
+        "__init__", "_cuda_host"
+    ]  # fmt: skip
 
 
 def test_a_failing_nvcc_fails_the_build_with_its_message(project):
@@ -164,6 +180,23 @@ def test_nvcc_is_searched_in_cuda_home_then_the_path_then_the_packages(tmp_path,
         assert build.find_nvcc() == str(found)
         found.unlink()
     assert build.find_nvcc() is None
+
+
+def test_a_relative_cuda_home_is_found_from_the_folder_of_the_build(tmp_path, monkeypatch):
+    nvcc = executable(tmp_path / "toolkit/bin/nvcc")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", "toolkit")
+    assert build.find_nvcc() == str(nvcc)
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_nothing_is_compiled_but_on_linux(system, monkeypatch):
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setenv("GPT1_KERNELS_BUILD_HOST", "1")
+    monkeypatch.delenv("GPT1_KERNELS_BUILD_CUDA", raising=False)
+    assert len(build.extension_modules()) == 2
+    monkeypatch.setattr(sys, "platform", system)
+    assert build.extension_modules() == []
 
 
 def test_packages_are_found_under_build_isolation(tmp_path, monkeypatch):

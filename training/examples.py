@@ -161,13 +161,13 @@ def form_of(task: Task, folder: Path | None) -> Form:
             raise ValueError("--data-dir: not given, and this task is not on Hugging Face")
         return task.hub
     if not folder.is_dir():
-        raise FileNotFoundError(f"--data-dir: {folder} is no folder")
+        raise FileNotFoundError(f"{folder} is no folder")
     for form in task.forms:
         present = {split: _present(folder, files) for split, files in form.files.items()}
         if present["train"]:
             return replace(form, files={split: files for split, files in present.items() if files})
     wanted = [" or ".join(_by_subset(form.files["train"]).values()) for form in task.forms]
-    raise FileNotFoundError(f"--data-dir: {folder} has neither {' nor '.join(wanted)}")
+    raise FileNotFoundError(f"{folder} has neither {' nor '.join(wanted)}")
 
 
 def _present(folder: Path, files: str | Mapping[str, str]) -> Mapping[str, str]:

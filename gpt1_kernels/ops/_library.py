@@ -97,7 +97,9 @@ def matrix(tensor: Tensor) -> Tensor:
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: Iterable[torch.dtype]) -> None:
-    """Raises TypeError unless the tensor is dense and of an allowed dtype."""
+    """Raises TypeError unless the tensor is dense and of an allowed dtype, ValueError if None."""
+    if tensor is None:
+        raise ValueError(f"{op}: {name} is None, expected a tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} has layout {tensor.layout}, expected a dense tensor")
     if tensor.dtype not in allowed:

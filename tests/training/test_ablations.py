@@ -377,7 +377,7 @@ def test_the_command_takes_the_options_of_finetune():
         ({"seeds": 1}, "--seeds: 1, expected at least 2, for an interval"),
         ({"variants": ("full", "lstm"), "lstm": None}, "--lstm: None, expected a run of pretrain"),
         ({"variants": ("full",), "transfer": True}, "--variants: .* expected none with --transfer"),
-        ({"tasks": ("sst2", "rte")}, "--data-dir: .*rte is no folder"),
+        ({"tasks": ("sst2", "rte")}, "rte is no folder"),
         ({"tasks": ("sst2", "storycloze"), "data_dir": None}, "--data-dir: .* not on Hugging Face"),
         ({"epochs": 0}, "--epochs: 0, expected at least 1"),
     ],

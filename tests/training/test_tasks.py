@@ -401,9 +401,9 @@ def test_the_chosen_examples_are_always_the_same_and_in_order(most, count):
 
 
 def test_a_folder_without_the_files_says_what_it_expected(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither snli_1.0_train.jsonl nor labels.train"):
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path} has neither snli.* nor labels.train"):
         load(TASKS["snli"], tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"--data-dir: .*gone is no folder"):
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/gone is no folder"):
         load(TASKS["snli"], tmp_path / "gone")
     with pytest.raises(ValueError, match=r"--data-dir: not given, and .* not on Hugging Face"):
         load(TASKS["storycloze"], None)
