@@ -20,6 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = torch.tensor([12345678901234, (3 << 32) + 7], device=DEVICE)
 P = 0.1
+LATER = 2**31 - 3  # a row_offset with which a call goes on beyond what int32 holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,15 +142,15 @@ def _draw(name: str, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     return {k: torch.randn(s, generator=generator).to(DEVICE) for k, s in shapes.items()}
 
 
-def _keep(p: float, *shape: int) -> Tensor | None:
+def _keep(p: float, *shape: int, row_offset: int = 0) -> Tensor | None:
     if p == 0.0:
         return None
     rows = torch.Size(shape[:-1]).numel()
-    return keep_mask(SEED, rows, shape[-1], p).view(shape)
+    return keep_mask(SEED, rows, shape[-1], p, row_offset).view(shape)
 
 
-def _dropout(p: float) -> dict:
-    return {"dropout_p": p, "seed": SEED if p > 0.0 else None}
+def _dropout(p: float, row_offset: int = 0) -> dict:
+    return {"dropout_p": p, "seed": SEED if p > 0.0 else None, "row_offset": row_offset}
 
 
 def layer_norm(path: str, N: int, C: int) -> Case:
@@ -159,7 +160,9 @@ def layer_norm(path: str, N: int, C: int) -> Case:
     return Case(name, "layer_norm", inputs, ops.layer_norm, reference.layer_norm, ("w", "b"))
 
 
-def dropout_add_layer_norm(path: str, N: int, C: int, p: float, x_bias: bool = True) -> Case:
+def dropout_add_layer_norm(
+    path: str, N: int, C: int, p: float, x_bias: bool = True, row_offset: int = 0
+) -> Case:
     name = f"dropout_add_layer_norm-{path}"
     shapes = {"x": (N, C), "residual": (N, C), "w": (C,), "b": (C,)}
     if x_bias:
@@ -168,8 +171,8 @@ def dropout_add_layer_norm(path: str, N: int, C: int, p: float, x_bias: bool = T
         name,
         "dropout_add_layer_norm",
         _draw(name, **shapes),
-        partial(ops.dropout_add_layer_norm, **_dropout(p)),
-        partial(reference.dropout_add_layer_norm, keep=_keep(p, N, C), p=p),
+        partial(ops.dropout_add_layer_norm, **_dropout(p, row_offset)),
+        partial(reference.dropout_add_layer_norm, keep=_keep(p, N, C, row_offset=row_offset), p=p),
         ("w", "b", "x_bias"),
     )
 
@@ -193,17 +196,19 @@ def forked(site: Case) -> Case:
 
 
 def causal_attention(
-    path: str, B: int, Tq: int, Tk: int, H: int, D: int, p: float = 0.0, padding=None, scale=None
-) -> Case:
+    path: str, B: int, Tq: int, Tk: int, H: int, D: int, p: float = 0.0, padding=None, scale=None,
+    row_offset: int = 0,
+) -> Case:  # fmt: skip
     name = f"causal_attention-{path}"
     first_key = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=DEVICE)
     options = {"scale": scale, "first_key": first_key}
+    keep = _keep(p, B, H, Tq, Tk, row_offset=row_offset * H)
     return Case(
         name,
         "causal_attention",
         _draw(name, q=(B, Tq, H, D), k=(B, Tk, H, D), v=(B, Tk, H, D)),
-        partial(ops.causal_attention, **options, **_dropout(p)),
-        partial(reference.causal_attention, **options, keep=_keep(p, B, H, Tq, Tk), p=p),
+        partial(ops.causal_attention, **options, **_dropout(p, row_offset)),
+        partial(reference.causal_attention, **options, keep=keep, p=p),
     )
 
 
@@ -236,15 +241,16 @@ def gelu_ffn(path: str, N: int, C: int, F: int, b_proj: bool = True) -> Case:
 
 
 def embedding(
-    path: str, B: int, T: int, V: int, C: int, p: float = 0.0, ids=None, types=False, offset=None
-) -> Case:
+    path: str, B: int, T: int, V: int, C: int, p: float = 0.0, ids=None, types=False, offset=None,
+    row_offset: int = 0,
+) -> Case:  # fmt: skip
     name = f"embedding-{path}"
     generator = _generator(name, 2)
     drawn = torch.randint(V, (2, B, T), generator=generator)
     ids = (drawn[0] if ids is None else torch.as_tensor(ids).expand(B, T)).to(DEVICE)
     token_type_ids = drawn[1].to(DEVICE) if types else None
     position_ids = torch.arange(T, device=DEVICE)
-    keep = _keep(p, B, T, C)
+    keep = _keep(p, B, T, C, row_offset=row_offset)
 
     def added(w_token: Tensor, w_position: Tensor) -> Tensor:
         out = w_token[ids] + w_position[position_ids + (offset or 0)]
@@ -253,7 +259,7 @@ def embedding(
 
     fused = partial(
         ops.embedding, ids, token_type_ids=token_type_ids,
-        position_ids=None if offset is None else position_ids + offset, **_dropout(p),
+        position_ids=None if offset is None else position_ids + offset, **_dropout(p, row_offset),
     )  # fmt: skip
     inputs = _draw(name, w_token=(V, C), w_position=(T + 4, C))
     return Case(name, "embedding", inputs, fused, added)
@@ -290,6 +296,7 @@ PARITY = [
     dropout_add_layer_norm("programs-walk-over-tiles", 300, 128, P),
     dropout_add_layer_norm("gpt1-width", 33, 768, P),
     dropout_add_layer_norm("all-dropped", 5, 48, 1.0),
+    dropout_add_layer_norm("later-rows", 9, 48, P, row_offset=LATER),
     forked(dropout_add_layer_norm("gpt1-width", 33, 768, P)),
     forked(dropout_add_layer_norm("unaligned", 9, 81, 0.0)),
     causal_attention("one-position", 2, 1, 1, 2, 64),
@@ -299,6 +306,7 @@ PARITY = [
     causal_attention("key-value-cache", 2, 3, 70, 2, 32, P),
     causal_attention("left-padding", 3, 40, 40, 2, 32, P, padding=[0, 7, 40]),
     causal_attention("scale", 1, 9, 9, 2, 16, scale=0.5),
+    causal_attention("later-rows", 2, 9, 9, 2, 16, P, row_offset=LATER // 2),
     causal_attention_qkvpacked("dropout", 2, 70, 3, 16, P),
     causal_attention_qkvpacked("gpt1-head", 1, 130, 2, 64),
     gelu_ffn("bias", 37, 48, 192),
@@ -306,6 +314,7 @@ PARITY = [
     gelu_ffn("one-row", 1, 80, 100),
     embedding("positions-by-order", 2, 33, 50, 48),
     embedding("dropout", 2, 33, 50, 80, P),
+    embedding("later-rows", 2, 9, 50, 48, P, row_offset=LATER),
     embedding("types-and-positions", 2, 9, 50, 48, P, types=True, offset=3),
     embedding("one-id-fills-the-batch", 8, 64, 50, 48, ids=7),
     linear_cross_entropy("mean", 37, 48, 1000),

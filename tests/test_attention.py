@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gpt1_kernels import ops, use_backend
+from gpt1_kernels.backends import kernel
 from gpt1_kernels.backends import launches as counts
 from tests.cases import (
     DEVICE,
@@ -31,6 +32,8 @@ SHORT = [
     causal_attention("widest-head", 1, 70, 70, 1, 128, P),
     causal_attention("one-query-of-a-cache", 2, 1, 200, 1, 16, P),
     causal_attention("queries-astride-tiles-of-keys", 1, 100, 190, 1, 16, P),
+    causal_attention("one-position-cached", 1, 129, 130, 1, 16, P),
+    causal_attention("all-but-two-of-a-tile-cached", 1, 66, 128, 1, 16, P),
     causal_attention("padding-ends-inside-tiles", 2, 150, 150, 1, 16, P, padding=[70, 149]),
     causal_attention("padding-ends-a-word-of-bits-early", 2, 100, 100, 1, 16, P, padding=[31, 63]),
     causal_attention("padding-fills-tiles", 2, 300, 300, 1, 16, padding=[256, 300]),
@@ -127,6 +130,21 @@ def test_a_row_that_sees_one_key_has_no_gradient_of_its_scores(backend, p):
     rms = dq.square().mean().sqrt()
     assert dq[0, 0].abs().max() <= 1e-5 * rms
     assert dq[1, 37].abs().max() <= 1e-5 * rms
+
+
+@pytest.mark.parametrize("backend", backends_of("causal_attention"))
+def test_the_log_sum_exp_of_the_scores(backend):
+    case = causal_attention("lse", 2, 40, 70, 1, 16)
+    q, k, v = inputs_for(backend, case).values()
+    first_key = torch.tensor([0, 33], dtype=torch.int32, device=DEVICE)
+    forward = kernel(backend, "causal_attention", "causal_attention_fwd")
+    _, lse = forward(q, k, v, None, first_key, 0.5, 0.0)
+    scores = 0.5 * torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double())
+    key, position = torch.arange(70, device=DEVICE), torch.arange(30, 70, device=DEVICE)[:, None]
+    hidden = (key > position) | (key < first_key[:, None, None, None])
+    expected = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
+    assert expected[1].isinf().sum() == 3
+    torch.testing.assert_close(lse, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -43,6 +43,8 @@ HEADS_OF_64 = [
     causal_attention("no-scale", 1, 40, 40, 1, 64, P, scale=0.0),
     causal_attention("columns-left-over", 1, 65, 65, 2, 40, P),
     causal_attention("most-queries-that-fit", 1, 512, 700, 1, 64, P),
+    causal_attention("one-position-cached", 1, 129, 130, 1, 64, P),
+    causal_attention("all-but-two-of-a-tile-cached", 1, 66, 128, 1, 64, P),
 ]
 
 

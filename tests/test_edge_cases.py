@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt1_kernels import errors, ops, reference, use_backend
-from gpt1_kernels.backends import OPS
+from gpt1_kernels.backends import OPS, kernel
 from gpt1_kernels.numerics import assert_close
 from tests.cases import (
     DEVICE,
@@ -131,6 +131,8 @@ def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
         return x.repeat_interleave(2, dim=-1)[..., ::2]
     if layout == "row stride above its size":
         return torch.nn.functional.pad(x, (3, 5))[..., 3:-5]
+    if layout == "first stride no multiple of 8":
+        return torch.nn.functional.pad(x.flatten(1), (0, 12))[:, :-12].unflatten(1, x.shape[1:])
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
@@ -151,7 +153,13 @@ def test_row04_vectors_with_gaps(case, backend):
 
 
 @pytest.mark.parametrize(
-    "layout", ["last stride not 1", "row stride above its size", "axes swapped in memory"]
+    "layout",
+    [
+        "last stride not 1",
+        "row stride above its size",
+        "first stride no multiple of 8",
+        "axes swapped in memory",
+    ],
 )
 @on_backends(SMALL)
 def test_row04_layouts(case, backend, layout):
@@ -167,6 +175,17 @@ def test_row04_layouts(case, backend, layout):
             assert actual["out"].is_contiguous()
             for name, value in actual.items():
                 assert_close(name, value, plain[name], oracle[name], dtype)
+
+
+@on_backends(SMALL)
+def test_row04_addresses_off_16_bytes(case, backend):
+    """As of parameters that are parts of one flat tensor."""
+
+    def fused(**inputs):
+        moved = {k: torch.cat([x.new_zeros(1), x.flatten()])[1:] for k, x in inputs.items()}
+        return case.fused(**{k: moved[k].view(x.shape) for k, x in inputs.items()})
+
+    check_parity(replace(case, fused=fused), backend, widest_dtype(backend, case.op))
 
 
 EMPTY = {
@@ -377,14 +396,16 @@ def test_row13_no_grad_of_parameters_does_the_work_of_no_gradient(case, backend)
 
 @on_backends(SMALL)
 def test_row13_a_frozen_input_changes_no_other_gradient(case, backend):
+    """One is frozen, or all but one."""
     inputs, dout = inputs_for(backend, case), upstream(case, torch.float32)
     with use_backend(backend):
         expected = results(case.fused, inputs, dout)
-        for frozen in inputs if len(inputs) > 1 else ():
-            others = {k: x for k, x in inputs.items() if k != frozen}
-            function = partial(case.fused, **{frozen: inputs[frozen].detach()})
-            actual = results(function, others, dout)
-            assert_same({**expected, **actual}, expected)
+        for name in inputs:
+            one, others = {name: inputs[name]}, {k: x for k, x in inputs.items() if k != name}
+            # Of two inputs, to freeze one is to need the other alone.
+            for needed, frozen in ((others, one), (one, others))[: len(inputs) - 1]:
+                actual = results(partial(case.fused, **frozen), needed, dout)
+                assert_same({**expected, **actual}, expected)
 
 
 @on_backends(SMALL)
@@ -504,6 +525,14 @@ def test_row17_a_mean_that_fp32_does_not_hold(backend):
         y = ops.layer_norm(x, w, b)
     expected = reference.layer_norm(x.double(), w.double(), b.double())
     assert (y - expected).norm() < 1e-6 * expected.norm()
+    _, mean, _ = kernel(backend, "layer_norm", "layer_norm_fwd")(x, w, b, 1e-5)
+    assert torch.equal(mean, x.double().mean(-1).float())  # the nearest, for backward
+
+
+@on_backends(SMALL[:2])
+def test_eps_is_the_one_given(case, backend):
+    fused, plain = partial(case.fused, eps=0.5), partial(case.reference, eps=0.5)
+    check_parity(replace(case, fused=fused, reference=plain), backend, torch.float32)
 
 
 @pytest.mark.parametrize("backend", backends_of("gelu_ffn"))
@@ -680,6 +709,17 @@ def test_a_fork_has_the_gradients_of_one_result_that_is_read_twice(backend, C, d
 
     for forked, single in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(forked, single)
+
+
+@pytest.mark.parametrize("backend", backends_of("dropout_add_layer_norm"))
+def test_a_residual_site_is_the_layer_norm_of_the_rounded_sum(backend):
+    """Bit for bit: backward reads the rounded sum, and the statistics have to be its own."""
+    case = dropout_add_layer_norm("rounded", 9, 81, 0.0, x_bias=False)
+    inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
+    with use_backend(backend):
+        site = results(case.fused, inputs, dout)
+        inputs["x"] = inputs["x"] + inputs.pop("residual")
+        assert_same(site, results(ops.layer_norm, inputs, dout))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -90,6 +90,12 @@ def test_a_pre_ln_model_on_fused_layers(autocast):
         assert distance < tolerance * (3 if name.endswith("qkv.bias") else 1), name
 
 
+def test_a_layer_norm_like_torchs():
+    fused, plain = LayerNorm(WIDTH, eps=0.1), torch.nn.LayerNorm(WIDTH, eps=0.1)
+    x = torch.randn(5, WIDTH, device=DEVICE)
+    torch.testing.assert_close(fused.to(DEVICE)(x), plain.to(DEVICE)(x))
+
+
 def test_a_residual_site():
     layer = DropoutAddLayerNorm(WIDTH, dropout_p=0.3).to(DEVICE)
     x, residual = torch.randn(2, 2, 5, WIDTH, device=DEVICE)

@@ -12,6 +12,7 @@ if unavailable_reason("triton", "layer_norm", DEVICE) is not None:
 
 from gpt1_kernels.backends.triton import launch as launching
 from gpt1_kernels.backends.triton.matmul import matmul
+from gpt1_kernels.backends.triton.partials import sum_partials
 
 BF16 = torch.bfloat16
 PATHS = pytest.mark.parametrize("bulk", [False, True], ids=["pointers", "descriptors"])
@@ -80,6 +81,14 @@ def test_rows_that_overlap_and_addresses_off_16_bytes(bulk, on_path):
     on_path(bulk)
     a = torch.randn(1, 72, device=DEVICE).bfloat16().expand(40, 72)
     check(a, torch.randn(72 * 64 + 1, device=DEVICE).bfloat16()[1:].view(72, 64))
+
+
+@PATHS
+def test_the_stride_of_a_single_column_means_nothing(bulk, on_path):
+    on_path(bulk)
+    a = torch.randn(40, 3, 7, device=DEVICE).bfloat16()[:, :1, 0]
+    check(a, operand(1, 64, BF16, "row"))
+    check(operand(64, 1, BF16, "row"), a.t())
 
 
 @pytest.fixture
@@ -154,3 +163,12 @@ def test_without_terms_the_product_is_zero(bulk, on_path):
 def test_a_product_without_elements_launches_nothing(M, N, launches):
     check(torch.empty(M, 3, device=DEVICE), torch.empty(3, N, device=DEVICE))
     assert not launches
+
+
+def test_more_partial_sums_than_are_added_at_a_time():
+    """As a large chip's grid leaves them; integers add without rounding."""
+    P, C = 2 * launching.PARTIAL_TILES.BLOCK_P + 1, launching.PARTIAL_TILES.BLOCK_C + 1
+    partials = torch.randint(-9, 10, (2, P, C), device=DEVICE).float()
+    totals = partials.new_empty(2, C)
+    sum_partials(partials, totals.unbind())
+    assert torch.equal(totals, partials.sum(1))

@@ -27,7 +27,11 @@ def relative(actual, expected):
 
 
 @pytest.mark.parametrize("row_offset", [0, 7 * T])
-@pytest.mark.parametrize("model_config", [config(), with_dropout()], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "model_config",
+    [config(layer_norm_epsilon=0.1), with_dropout()],
+    ids=["plain", "dropout"],
+)
 def test_language_model_against_the_oracle_in_fp64(model_config, row_offset):
     model, ids = randomised(GPT1LMHeadModel(model_config)), tokens(3, T)
     seeds = model.dropout_stream.seeds(5)
@@ -227,6 +231,8 @@ def test_the_classifier_drops_by_its_own_site():
     one, again = (model(ids, dropout_seeds=seeds).mc_logits for _ in range(2))
     assert torch.equal(one, again)
     assert not torch.equal(one, model(ids, dropout_seeds=model.dropout_stream.seeds(1)).mc_logits)
+    second = model(ids[1:], dropout_seeds=seeds, row_offset=3 * T).mc_logits
+    torch.testing.assert_close(second, one[1:])
     assert not torch.equal(one, model.eval()(ids).mc_logits)
 
 
@@ -239,6 +245,8 @@ def test_resized_embeddings_keep_the_old_rows(size):
     assert table.weight is model.transformer.tokens_embed.weight
     assert (model.config.vocab_size, table.num_embeddings) == (size, size)
     assert torch.equal(table.weight[:kept], old[:kept])
+    table.weight.requires_grad_(False)
+    assert not model.resize_token_embeddings(size).weight.requires_grad
     after = model(ids).logits
     assert after.shape[-1] == size
     torch.testing.assert_close(after[..., :kept], before[..., :kept])

@@ -214,3 +214,16 @@ def test_row29_a_full_disk_leaves_the_checkpoint_before(save, monkeypatch, error
     assert str(error) in str(raised.value)
     assert newest(folder).step == 1
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+
+
+def test_a_save_raises_that_the_one_before_was_not_written(
+    tmp_path, model, optimizer, tokenizer, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    writer = CheckpointWriter(tmp_path, 0)
+    writer.save(1, model, optimizer, tokenizer, {})
+    with pytest.raises(OSError, match="step-00000001: the checkpoint could not"):
+        writer.save(2, model, optimizer, tokenizer, {})
