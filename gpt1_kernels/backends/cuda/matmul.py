@@ -70,7 +70,8 @@ def column_sums(x: Tensor) -> Tensor:
 
 def operand(x: Tensor) -> tuple[Tensor, bool]:
     """A product's operand as rows that are aligned, and whether these are its transpose's."""
-    transposed = x.stride(0) == 1 and (x.stride(1) != 1 or x.shape[1] == 1)
+    row, column = x.stride()
+    transposed = row == 1 and (column != 1 or x.shape[1] == 1)
     return aligned(x.t() if transposed else x), transposed
 
 
@@ -79,8 +80,9 @@ def aligned(x: Tensor) -> Tensor:
 
     Else a copy. Hopper's copy engine reads no rows that overlap, such as those of an expanded row.
     """
-    starts = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    row, column = x.stride()
+    starts = x.data_ptr() % 16 == 0 and row * x.itemsize % 16 == 0
+    apart = column == 1 and row >= x.shape[1]
     return x if starts and apart else x.clone(memory_format=torch.contiguous_format)
 
 
