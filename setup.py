@@ -42,7 +42,7 @@ setup(
             "transformers",
             "ruff==0.17.6",
             "setuptools>=77",
-            "pybind11",
+            "pybind11>=2.12",
             "ninja",
         ],
         "parquet": ["pyarrow"],

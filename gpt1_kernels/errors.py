@@ -16,7 +16,8 @@ class ErrorRecord:
     def __init__(self, device: torch.device):
         self.device = device
         pinned = device.type == "cuda"
-        self.host = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        with torch.inference_mode(False):  # or no other mode could write to it
+            self.host = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._values = self.host.numpy()  # the same memory, read at every op call
 
     def note(self, ids: Tensor, valid: Tensor) -> None:
@@ -37,10 +38,10 @@ class ErrorRecord:
         if self._values[0] == 0:
             return None
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        value = int(self._values[1])
+            torch.cuda.synchronize(self.device)  # while another thread may take it
+        recorded, value = self._values.tolist()
         self._values[:] = 0
-        return value
+        return value if recorded else None
 
 
 _records: dict[tuple[str, int, torch.device], ErrorRecord] = {}

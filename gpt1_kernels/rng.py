@@ -103,7 +103,17 @@ def unpack_bits(words: Tensor, columns: int) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed from torch's default generator, for a module used alone: int64 (2,)."""
+    """A fresh seed from torch's default generator, for a module used alone: int64 (2,).
+
+    Raises:
+        RuntimeError: in the capture of a CUDA graph, whose replays would draw none.
+    """
+    on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "seed: None in the capture of a CUDA graph, whose replays would all drop the same; "
+            "expected an int64 tensor of 2 elements, to be changed in place between replays"
+        )
     key = torch.randint(2**63 - 1, (1,))
     return torch.cat([key, torch.zeros_like(key)]).to(device, non_blocking=True)
 

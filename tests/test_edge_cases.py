@@ -5,6 +5,7 @@ Rows that concern other files: 19 and 8 of the model in `test_model.py`, 21 and 
 """
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -85,6 +86,17 @@ def test_row01_another_device_is_current(case, backend):
         expected = results(case.fused, inputs)
         actual = results(partial(function, *arguments, **keywords), elsewhere)
     assert_same({k: x.to("cuda:0") for k, x in actual.items()}, expected)
+
+
+@needs_gpu
+@on_backends(SMALL)
+def test_row01_a_thread_that_has_launched_nothing_yet(case, backend):
+    """Whose first launch may be a product, of which the driver makes tensor maps in a context."""
+    inputs = {k: x.detach() for k, x in cast(case, torch.bfloat16, torch.bfloat16).items()}
+    with use_backend(backend), ThreadPoolExecutor(1) as thread:
+        expected = results(case.fused, inputs)
+        actual = thread.submit(results, case.fused, inputs).result()
+    assert_same(actual, expected)
 
 
 @needs_gpu

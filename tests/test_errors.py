@@ -68,3 +68,27 @@ def test_the_next_op_raises_it(record):
 def test_one_record_an_op_and_bound(record):
     assert errors.error_record("embedding", 10, torch.device(DEVICE)) is record
     assert errors.error_record("embedding", 11, torch.device(DEVICE)) is not record
+
+
+def test_a_record_made_in_inference_mode_is_written_to_in_any(monkeypatch):
+    monkeypatch.setattr(errors, "_records", {})
+    with torch.inference_mode():
+        record = errors.error_record("embedding", 10, torch.device(DEVICE))
+    note(record, 12)
+    with pytest.raises(IndexError, match="id 12 "):
+        check_errors()
+
+
+def test_what_another_thread_takes_meanwhile_is_not_raised_twice(record, monkeypatch):
+    note(record, 12)
+    check = record.take
+    monkeypatch.setattr(record, "device", torch.device("cuda", 0))
+    taken = []
+
+    def wait(device):
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        taken.append(check())
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    assert check() is None
+    assert taken == [12]

@@ -1,5 +1,7 @@
 """The product kernels of the Triton backend against fp64, in every layout and on every path."""
 
+from threading import Thread
+
 import pytest
 import torch
 
@@ -172,3 +174,15 @@ def test_more_partial_sums_than_are_added_at_a_time():
     totals = partials.new_empty(2, C)
     sum_partials(partials, totals.unbind())
     assert torch.equal(totals, partials.sum(1))
+
+
+def test_each_thread_has_a_context_before_its_first_launch(monkeypatch):
+    """Triton makes tensor maps before it sees to one; PyTorch binds it where a device is set."""
+    bound = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+    for _ in range(2):
+        thread = Thread(target=lambda: [launching._current(0) for _ in range(3)])
+        thread.start()
+        thread.join()
+    assert bound == [0, 0]

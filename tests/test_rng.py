@@ -136,3 +136,10 @@ def test_a_drawn_seed_follows_the_default_generator():
         drawn.append(rng.draw_seed(torch.device(DEVICE)))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], rng.draw_seed(torch.device(DEVICE)))
+
+
+def test_no_seed_is_drawn_in_the_capture_of_a_graph(monkeypatch):
+    """It would be drawn once, by the host: replays would all have the same bits."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="seed: None in the capture"):
+        rng.draw_seed(torch.device("cuda"))

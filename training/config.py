@@ -190,5 +190,5 @@ def default_device(name: str | None) -> torch.device:
 
 def default_dtype(device: torch.device) -> str:
     """bf16 on a GPU that multiplies in it, else fp32."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return "bf16" if native else "fp32"

@@ -97,6 +97,7 @@ class CapturedStep(StaticStep):
         check_errors()  # a capture cannot wait for what an op would ask about
         for group in self.optimizer.param_groups:
             group["capturable"] = True
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
             self.made = self.update()
+        self.graph = graph  # which one that failed is not

@@ -25,12 +25,15 @@ int attribute(cudaDeviceAttr name, int device) {
 }  // namespace
 
 CurrentDevice::CurrentDevice(int device) {
+    // A thread that has launched nothing has no context, without which the driver makes no tensor maps, and
+    // cudaGetDevice gives it none.
+    static thread_local bool has_context = false;
     int current = 0;
     check(cudaGetDevice(&current), "cudaGetDevice");
-    if (current != device) {
-        check(cudaSetDevice(device), "cudaSetDevice");
-        previous_ = current;
-    }
+    if (current == device && has_context) return;
+    check(cudaSetDevice(device), "cudaSetDevice");
+    has_context = true;
+    if (current != device) previous_ = current;
 }
 
 CurrentDevice::~CurrentDevice() {

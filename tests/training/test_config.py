@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from training import config
-from training.config import PretrainConfig, complete
+from training.config import PretrainConfig, complete, default_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +145,12 @@ def test_the_command_line_refuses_what_is_of_no_option_type(flag, value, capsys)
     message = capsys.readouterr().err
     assert flag in message
     assert value in message
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp32"), ((8, 0), "bf16")])
+def test_the_dtype_is_one_of_the_gpu_asked_for(capability, dtype, monkeypatch):
+    """And not of the one that is current."""
+    capabilities = {torch.device("cuda:1"): capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: dtype == "fp32")
+    assert default_dtype(torch.device("cuda:1")) == dtype

@@ -140,6 +140,25 @@ def test_a_replayed_update_that_is_not_finite_is_skipped():
     assert captured(BATCHES[4], 4, RATES[4]).finite
 
 
+@pytest.mark.usefixtures("_graphs")
+def test_a_capture_that_fails_is_made_again():
+    model, other = fresh_model(), fresh_model()
+    expected = trained(plain(model), model)
+    captured = stepper(CapturedStep, other)
+    update = captured.update
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError
+
+    trained(captured, other, range(WARM_UP))
+    captured.update = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(BATCHES[WARM_UP], WARM_UP, RATES[WARM_UP])
+    captured.update = update
+    rest = trained(captured, other, range(WARM_UP, UPDATES))
+    assert torch.equal(rest[f"said.{UPDATES - WARM_UP - 1}"], expected[f"said.{UPDATES - 1}"])
+
+
 on_kernels = pytest.mark.parametrize(
     "backend", [b for b in ("triton", "cuda_host") if b in backends_of("layer_norm")]
 )

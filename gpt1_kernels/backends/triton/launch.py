@@ -7,6 +7,7 @@ from sizes that stay the same from step to step, so that it can be cached and no
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,6 +20,7 @@ from gpt1_kernels.backends import count_launch
 from gpt1_kernels.backends.logits import CHUNK_BYTES, padded_vocabulary
 
 _AS_IT_IS = nullcontext()
+_thread = threading.local()
 
 INTERPRETED_PROCESSORS = 2
 SMALLEST_SHARED_MEMORY = 99 * 1024  # of compute capabilities 8.6, 8.9 and 12.0
@@ -328,6 +330,12 @@ def launch(kernel, grid: tuple[int, ...], config, *args, **constants) -> None:
 
 def _current(index: int) -> AbstractContextManager:
     """Makes a GPU the current one, unless it is; −1 is a CPU."""
-    if index < 0 or index == torch.cuda.current_device():
+    if index < 0:
         return _AS_IT_IS
-    return torch.cuda.device(index)
+    if index != torch.cuda.current_device():
+        return torch.cuda.device(index)
+    if not hasattr(_thread, "has_context"):
+        # Until a thread has launched something it has none, but Triton makes tensor maps before.
+        torch.cuda.set_device(index)
+        _thread.has_context = True
+    return _AS_IT_IS
