@@ -309,6 +309,10 @@ def test_tokens_are_drawn_in_proportion(choice, expected):
     assert ((p - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
 
 
+def test_no_more_tokens_are_drawn_from_than_hold_top_p():
+    assert (frequencies(torch.zeros(1, 4), temperature=1.0, top_p=0.5) > 0).sum() == 2
+
+
 def test_rows_draw_independently():
     logits = torch.zeros(64, 50)
     assert len(choose(logits, 1.0, generator=torch.Generator().manual_seed(0)).unique()) > 20

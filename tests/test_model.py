@@ -14,6 +14,7 @@ from gpt1_kernels import (
     reference,
     use_backend,
 )
+from gpt1_kernels.rng import keep_mask
 from tests.cases import DEVICE, assert_same, backends_of
 from tests.models import T, V, config, randomised, tokens, with_dropout
 
@@ -79,6 +80,13 @@ def test_each_forward_in_training_draws_new_bits_and_evaluation_none():
     model.eval()
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert int(model.dropout_stream.step) == 3
+
+
+@pytest.mark.parametrize("site", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
+def test_each_dropout_draws_without_the_others(site):
+    model, ids = randomised(GPT1Model(config(**{site: 0.5}))), tokens(2, T)
+    one, other = (model(ids).last_hidden_state for _ in range(2))
+    assert not torch.equal(one, other)
 
 
 def test_micro_batches_draw_what_the_whole_batch_draws():
@@ -219,6 +227,33 @@ def test_a_batch_without_a_pad_token_is_refused():
         model(tokens(2, 5))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_token_is_scored_wherever_the_padding_is(side):
+    model = randomised(GPT1ForSequenceClassification(config(pad_token_id=0))).eval()
+    ids = tokens(1, 5)
+    pad = (3, 0) if side == "left" else (0, 3)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), pad)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    padded = model(torch.nn.functional.pad(ids, pad), mask, position_ids=positions).logits
+    torch.testing.assert_close(padded, model(ids).logits)
+
+
+def test_the_kind_of_problem_outranks_the_number_of_labels():
+    settings = {"num_labels": 1, "problem_type": "multi_label_classification"}
+    model = randomised(GPT1ForSequenceClassification(config(**settings))).eval()
+    output = model(tokens(1, 5), labels=torch.ones(1, 1, device=DEVICE))
+    torch.testing.assert_close(output.loss, -output.logits.sigmoid().log().mean())
+
+
+def test_embeddings_in_place_of_ids_take_token_types_too():
+    model, ids = randomised(GPT1Model(config())).eval(), tokens(2, T)
+    embeds = model.tokens_embed(ids)
+    types = ids.flip(0)
+    expected = model(ids, token_type_ids=types).last_hidden_state
+    actual = model(inputs_embeds=embeds, token_type_ids=types).last_hidden_state
+    torch.testing.assert_close(actual, expected)
+
+
 def test_double_heads_read_the_last_token_by_default():
     model, ids = randomised(GPT1DoubleHeadsModel(config())).eval(), tokens(2, 3, T)
     last = torch.full((2, 3), T - 1, device=DEVICE)
@@ -233,6 +268,10 @@ def test_the_classifier_drops_by_its_own_site():
     assert not torch.equal(one, model(ids, dropout_seeds=model.dropout_stream.seeds(1)).mc_logits)
     second = model(ids[1:], dropout_seeds=seeds, row_offset=3 * T).mc_logits
     torch.testing.assert_close(second, one[1:])
+    state = model.transformer(ids).last_hidden_state[..., -1, :]
+    kept = keep_mask(seeds[-1], 6, state.shape[-1], 0.5).view(state.shape)
+    expected = model.multiple_choice_head.summary(2 * state * kept).squeeze(-1)
+    torch.testing.assert_close(one, expected)
     assert not torch.equal(one, model.eval()(ids).mc_logits)
 
 
@@ -253,10 +292,10 @@ def test_resized_embeddings_keep_the_old_rows(size):
 
 
 def test_initial_weights_follow_the_paper():
-    model = GPT1Model(replace(config(), n_embd=192, initializer_range=0.02))
+    model = GPT1Model(replace(config(), n_embd=192, initializer_range=0.05))
     for name, p in model.named_parameters():
         if p.dim() >= 2:
-            assert float(p.std()) == pytest.approx(0.02, rel=0.1), name
+            assert float(p.std()) == pytest.approx(0.05, rel=0.1), name
         else:
             assert torch.equal(p, torch.full_like(p, float("ln" in name and "weight" in name)))
 

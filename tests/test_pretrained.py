@@ -14,11 +14,13 @@ from gpt1_kernels import (
     GPT1ForSequenceClassification,
     GPT1LMHeadModel,
     GPT1Model,
+    GPT1TaskModel,
     pretrained,
 )
 from tests.models import config, randomised, tokens
 
 TABLE = "transformer.tokens_embed.weight"
+FC = "transformer.h.0.mlp.c_fc.weight"
 CLASSES = [GPT1Model, GPT1LMHeadModel, GPT1DoubleHeadsModel, GPT1ForSequenceClassification]
 
 
@@ -35,10 +37,16 @@ def edit(folder, change):
 
 @pytest.mark.parametrize("model_class", CLASSES)
 def test_a_folder_gives_back_the_same_model(tmp_path, model_class):
-    model = randomised(model_class(config(extra={"hello": [1, 2]})))
+    values = {
+        "resid_pdrop": 0.2, "embd_pdrop": 0.3, "attn_pdrop": 0.4, "summary_first_dropout": 0.6,
+        "layer_norm_epsilon": 1e-3, "initializer_range": 0.1, "problem_type": "regression",
+        "pad_token_id": 5, "num_labels": 1, "extra": {"hello": [1, 2]},
+    }  # fmt: skip
+    model = randomised(model_class(config(**values)))
     model.save_pretrained(tmp_path / "new" / "folder")
     opened = model_class.from_pretrained(tmp_path / "new" / "folder")
     assert opened.config.extra["hello"] == [1, 2]
+    assert vars(opened.config) | {"extra": model.config.extra} == vars(model.config)
     assert not opened.training
     for name, value in model.state_dict().items():
         assert torch.equal(opened.state_dict()[name].to(value.device), value), name
@@ -81,6 +89,13 @@ def without(name):
     return lambda s: {k: v for k, v in s.items() if k != name}
 
 
+def test_half_a_head_is_not_drawn_anew(tmp_path):
+    GPT1TaskModel(config()).save_pretrained(tmp_path)
+    edit(tmp_path, without("classifier.bias"))
+    with pytest.raises(ValueError, match=r"missing \['classifier.bias'\]"):
+        GPT1TaskModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -90,9 +105,13 @@ def without(name):
             lambda s: {**s, TABLE: torch.ones(7, 48)},
             rf"{TABLE}: shape \(7, 48\), expected \(103, 48\)",
         ),
+        (
+            lambda s: {**s, FC: s[FC].t().contiguous()},
+            rf"{FC}: shape \(192, 48\), expected \(48, 192\)",
+        ),
         (lambda s: {**s, "lm_head.weight": 2 * s[TABLE]}, f"{TABLE}: two tensors that differ"),
     ],
-    ids=["missing", "unexpected", "shape", "untied"],
+    ids=["missing", "unexpected", "shape", "transposed", "untied"],
 )
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
     edit(folder, change)
@@ -153,6 +172,8 @@ def test_the_paper_is_the_default_configuration():
     c = GPT1Config.preset("gpt1")
     assert c == GPT1Config()
     assert (c.vocab_size, c.n_positions, c.n_embd, c.n_layer, c.n_head) == (40478, 512, 768, 12, 12)
+    assert {c.resid_pdrop, c.embd_pdrop, c.attn_pdrop, c.summary_first_dropout} == {0.1}
+    assert (c.layer_norm_epsilon, c.initializer_range) == (1e-5, 0.02)
     with torch.device("meta"):
         model = GPT1LMHeadModel(c)
     assert sum(p.numel() for p in model.parameters()) == 116_534_784
@@ -183,6 +204,7 @@ def test_a_configuration_survives_its_dictionary():
     del values["num_labels"]
     c = GPT1Config.from_dict(values)
     assert c.num_labels == 2
+    assert GPT1Config.from_dict({**values, "num_labels": 3}).num_labels == 3
     assert c.extra["n_special"] == 0
     assert GPT1Config.from_dict(c.to_dict()) == c
     aliases = {"num_hidden_layers": values.pop("n_layer"), "num_attention_heads": 4}

@@ -126,6 +126,8 @@ def test_a_stream_gives_each_site_and_step_its_seed():
     assert (first[:, 1] >> 32).tolist() == [*range(7), rng.CLASSIFIER_SITE]
     assert torch.equal(second[:, 1] - first[:, 1], torch.ones(8, dtype=torch.int64))
     assert torch.equal(stream.seeds(0), first)
+    stream.set_key(42)
+    assert torch.equal(stream.advance(), first)
     assert not stream.state_dict()
 
 

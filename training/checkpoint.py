@@ -166,7 +166,9 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"{target}: the checkpoint could not be written, {error}") from error
-        for old in checkpoints(self.folder)[: -self.keep or None] if self.keep else ():
+        found = checkpoints(self.folder)
+        usable = found[: found.index(target) + 1]  # later ones were refused by `newest`
+        for old in usable[: -self.keep] if self.keep else ():
             _remove(old)
 
 

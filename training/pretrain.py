@@ -110,7 +110,11 @@ def main(config: PretrainConfig) -> None:
 
     def write_sample(step: int) -> None:
         with autocast(config.device, config.dtype):
-            text = sample(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed)
+            text = (
+                sample(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed)
+                if math.isfinite(loss)
+                else "(no text: the loss is not finite)"
+            )
         metrics.append(out / "samples.txt", f"update {step}\n{text}\n\n")
 
     def save(step: int) -> None:

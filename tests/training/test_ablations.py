@@ -6,6 +6,7 @@ import random
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -269,6 +270,20 @@ def test_full_is_compared_with_the_others_seed_by_seed():
     assert found.full_against["scratch"].verdict == "beats"
     assert found.full_against["scratch"].mean == pytest.approx(0.021)
     assert found.full_against["lstm"].verdict == "no difference"
+
+
+def test_the_first_score_of_the_task_is_the_one_that_is_compared(settings, monkeypatch):
+    def prepare(config):
+        return SimpleNamespace(
+            task=finetune.TASKS[config.task], train=[], validation=[], shape=GPT1Config()
+        )
+
+    scores = {"f1": 0.5, "accuracy": 0.7}
+    result = dict.fromkeys(("training", "validation", "baseline"), scores)
+    monkeypatch.setattr(ablations, "prepare", prepare)
+    monkeypatch.setattr(ablations, "finetune_seeds", lambda *_: [result] * 2)
+    found = ablations.finetune_variants(settings(variants=("full",)), "mrpc")
+    assert (found.score, found.baseline) == ("f1", 0.5)
 
 
 def test_the_table_has_the_papers_numbers_beside_ours():

@@ -141,6 +141,18 @@ def test_batches_are_a_pure_function_of_seed_and_step():
     assert not np.array_equal(buckets.batch(30), Buckets(lengths, 8, seed=2).batch(30))
 
 
+def test_examples_of_one_length_stay_in_the_order_that_was_drawn():
+    """On every machine: in which order NumPy sorts them by default depends on the processor."""
+    lengths, epoch = np.arange(800) % 3, 2
+    drawn = np.random.default_rng([7, epoch]).permutation(800).reshape(2, 400)
+    ordered = [sorted(stretch, key=lengths.__getitem__) for stretch in drawn]
+    buckets = Buckets(lengths, 8, seed=7)
+    batches = [buckets.batch(epoch * 100 + step) for step in range(100)]
+    assert {tuple(batch) for batch in batches} == {
+        tuple(batch) for batch in np.reshape(ordered, (100, 8))
+    }
+
+
 def test_batches_hold_examples_of_like_length_and_waste_little():
     lengths = np.random.default_rng(1).integers(5, 500, 6000)
     buckets = Buckets(lengths, 32, seed=0)

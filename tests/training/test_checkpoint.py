@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from gpt1_kernels import GPT1LMHeadModel
 from tests.models import randomised, tokens, with_dropout
 from training import checkpoint as module
-from training.checkpoint import MANIFEST, OPTIMIZER, Checkpoint, CheckpointWriter, newest
+from training.checkpoint import (
+    MANIFEST,
+    OPTIMIZER,
+    Checkpoint,
+    CheckpointWriter,
+    checkpoints,
+    newest,
+)
 from training.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from training.step import train_step
 from training.tokenizer import Tokenizer
@@ -112,6 +119,13 @@ def test_the_newest_are_kept(save, keep, left):
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{n:08d}" for n in left]
 
 
+def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):
+    names = ["step-00000009", "step-00000010", "step-99999999", "step-100000000"]
+    for name in reversed(names):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == names
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-1])
 
@@ -161,6 +175,16 @@ def test_row28_a_refused_checkpoint_is_written_again(save):
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
 
 
+def test_row28_a_refused_checkpoint_is_none_of_those_that_are_kept(save):
+    """A run that goes on from the one before, and is stopped before it comes as far again."""
+    save(1)
+    folder = save(3)
+    flip(folder / "step-00000003" / "model.safetensors")
+    save(2, keep=1)
+    assert newest(folder).step == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
 def test_row28_a_changed_state_is_refused(save):
     manifest = save(1) / "step-00000001" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"note": 1', '"note": 2'))
@@ -181,12 +205,21 @@ def test_row28_a_foreign_folder_is_refused(tmp_path, model):
         Checkpoint.open(tmp_path / "step-00000009")
 
 
-def test_row28_moments_of_another_model_are_refused(save):
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_row28_moments_of_another_model_are_refused(save, n_layer):
     moments = load_file(newest(save(1)).folder / OPTIMIZER)
-    other = randomised(GPT1LMHeadModel(with_dropout(n_layer=1)))
+    other = randomised(GPT1LMHeadModel(with_dropout(n_layer=n_layer)))
     other_optimizer = make_optimizer(other, 1e-2, 0.1)
-    with pytest.raises(ValueError, match=r"exp_avg.*h\.1\."):
+    with pytest.raises(ValueError, match=rf"exp_avg.*h\.{min(n_layer, 2)}\."):
         load_optimizer_tensors(other, other_optimizer, moments)
+
+
+def test_row29_all_has_reached_the_disk_when_a_checkpoint_takes_its_name(save, monkeypatch):
+    synced = []
+    monkeypatch.setattr(module, "sync", lambda path: synced.append(path.name))
+    folder = save(1)
+    assert sorted(synced[:-1]) == sorted([*FILES, "step-00000001.partial"])
+    assert synced[-1] == folder.name
 
 
 def test_row29_what_a_killed_save_left_behind_is_no_checkpoint(save, tmp_path):

@@ -7,9 +7,15 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+from gpt1_kernels import GPT1LMHeadModel
+from training import evaluate
+from training.data import Corpus
 from training.evaluate import EvaluateConfig, main
 
 PLOT = Path(__file__).parents[2] / "training" / "plot.py"
@@ -30,6 +36,28 @@ def test_each_held_out_document_and_all_of_them_have_a_perplexity(backbone, requ
     assert math.exp(mean / sum(counts)) == pytest.approx(float(perplexity), rel=1e-3)
     result = json.loads((whole / "result.json").read_text())
     assert float(perplexity) == pytest.approx(result["validation perplexity"], rel=0.05)
+
+
+def test_the_mean_is_over_the_tokens_of_the_documents_held_out(whole, corpus, monkeypatch, capsys):
+    def tokenised(part, tokenizer):
+        assert part.digest == Corpus([corpus]).validation.digest
+        return SimpleNamespace(tokens=np.arange(14), bounds=[0, 3, 4, 14])
+
+    monkeypatch.setattr(evaluate, "tokenised", tokenised)
+    monkeypatch.setattr(evaluate, "mean_loss", lambda model, tokens, config: len(tokens) / 10)
+    main(EvaluateConfig(whole, device="cpu"))
+    *_, total = capsys.readouterr().out.splitlines()
+    mean = (3 * 0.3 + 10 * 1.0) / 13  # of a single token nothing is predicted
+    assert total.split() == [f"{math.exp(mean):.2f}", "13", "tokens", "all"]
+
+
+def test_all_windows_of_a_document_count(whole):
+    model = GPT1LMHeadModel.from_pretrained(whole / "model")
+    tokens = np.arange(3 * 128 + 50) % 200
+    windows = torch.from_numpy(tokens[: 3 * 128]).view(3, 128)
+    expected = model(windows, labels=windows).loss.item()
+    found = evaluate.mean_loss(model, tokens, EvaluateConfig(whole, device="cpu"))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_another_text_than_the_one_trained_on_is_refused(whole, corpus, tmp_path):

@@ -21,6 +21,7 @@ from gpt1_kernels import pretrained as pretrained_files
 from training import checkpoint, finetune, run
 from training.finetune_config import FinetuneConfig, complete
 from training.inputs import encode
+from training.optim import warmup_linear
 from training.tasks import Custom
 from training.tokenizer import Tokenizer
 
@@ -155,18 +156,25 @@ def test_each_kind_of_task_is_learned_well_beyond_its_baseline(settings, task, c
 
 def test_the_training_score_is_of_as_many_examples_as_validate(settings, monkeypatch):
     """A model that knows all labels gets them right, if they are set against its own examples."""
-    asked = []
+    asked, models = [], []
 
     def knowing(model, examples, *_):
         asked.append(examples)
+        models.append(model)
         return np.array([example.label for example in examples])
 
+    def counted(task, train, examples):
+        return {"train": len(train), "examples": len(examples)}
+
     monkeypatch.setattr(finetune, "predict", knowing)
+    monkeypatch.setattr(finetune.scores, "baseline", counted)
     monkeypatch.setattr(finetune.submissions, "write", lambda *_: None)
-    config = settings(task="rte", epochs=1)
+    config = settings(epochs=1)
     finetune.main(config)
     assert run.read_result(config.out)["training"] == {"accuracy": 1.0}
-    assert [len(examples) for examples in asked] == [40, 40, 40]  # of the epoch, at the end
+    assert run.read_result(config.out)["baseline"] == {"train": 96, "examples": 40}
+    assert [len(examples) for examples in asked] == [40, 40, 40, 6]  # of the epoch, at the end
+    assert models[0] is not models[1] is models[2] is models[3]  # the best, whichever epoch's
     digests = [{example.sequences[0].tobytes() for example in its} for its in asked]
     assert digests[0] == digests[2] != digests[1]
     setup = finetune.prepare(complete(config))
@@ -198,6 +206,36 @@ def test_the_defaults_are_the_papers_recipe(tmp_path):
     assert (config.learning_rate, config.batch_size, config.epochs) == (6.25e-5, 32, 3)
     assert (config.lm_weight, config.classifier_dropout, config.warmup) == (0.5, 0.1, 0.002)
     assert (config.clip, config.weight_decay, config.truncation) == (1.0, 0.01, "longest")
+
+
+def test_the_options_reach_the_updates(settings, monkeypatch):
+    made, apply_losses, buckets = [], finetune.apply_losses, finetune.Buckets
+
+    def watched(model, optimizer, losses, rate, *, clip):
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        seeds = torch.initial_seed(), int(model.dropout_stream.key), *orders
+        made.append((rate, clip, decays, seeds, model.config.summary_first_dropout))
+        return apply_losses(model, optimizer, losses, rate, clip=clip)
+
+    def ordered(lengths, batch_size, seed):
+        orders.append(seed)
+        return buckets(lengths, batch_size, seed)
+
+    monkeypatch.setattr(finetune, "apply_losses", watched)
+    monkeypatch.setattr(finetune, "Buckets", ordered)
+    config, orders = settings(epochs=2, seed=4, train_examples=50, warmup=0.25), []
+    finetune.main(replace(config, clip=0.5, weight_decay=0.3, classifier_dropout=0.2))
+    rates = [5e-3 * warmup_linear(step, 0.25, 6) for step in range(6)]
+    assert made == [(rate, 0.5, [0.3, 0.0], (4, 4, 4), 0.2) for rate in rates]
+
+
+def test_what_is_too_long_is_cut_by_the_rule_that_was_asked_for(settings, data, tmp_path):
+    shutil.copytree(data / "sst2", tmp_path / "data")
+    with (tmp_path / "data" / "train.tsv").open("a") as file:
+        file.write("the film is lovely " * 9 + "\t1\n")
+    for truncation, length in (("longest", 24), ("released", 24 // 2)):
+        config = settings(truncation=truncation, data_dir=tmp_path / "data")
+        assert finetune.prepare(complete(config)).train[-1].length == length
 
 
 def test_the_loss_is_the_papers(settings):
@@ -266,6 +304,15 @@ def test_row15_in_bf16_losses_and_gradients_stay_fp32(settings, task):
     assert losses[1] != losses[0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
+def test_predictions_in_training_are_made_without_dropout(settings):
+    config = complete(settings(classifier_dropout=0.5))
+    setup = finetune.prepare(config)
+    model = finetune.make_model(config, setup).train()
+    finetune.predict(model, setup.validation, config, setup.task)
+    assert model.training
+    assert model.dropout_stream.step == 0
 
 
 def test_without_the_auxiliary_language_model_the_loss_is_the_classifiers(settings):
@@ -471,6 +518,16 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(
         finetune.main(settings(resume=str(whole)))
 
 
+def test_another_label_is_another_run(settings, data, tmp_path):
+    shutil.copytree(data / "sst2", tmp_path / "data")
+    header, first, rest = (tmp_path / "data" / "train.tsv").read_text().split("\n", 2)
+    flipped = f"{first[:-1]}{1 - int(first[-1])}"
+    (tmp_path / "data" / "train.tsv").write_text("\n".join([header, flipped, rest]))
+    folders = data / "sst2", tmp_path / "data"
+    one, other = (finetune.prepare(complete(settings(data_dir=folder))) for folder in folders)
+    assert one.digest != other.digest
+
+
 def test_a_run_forked_past_its_best_epoch_keeps_the_best_of_its_own(
     settings, tmp_path, monkeypatch
 ):
@@ -501,6 +558,7 @@ def test_several_seeds_are_run_and_summarised(settings, capsys):
     for seed in (5, 6, 7):
         result = json.loads((config.out / f"seed-{seed}" / "result.json").read_text())
         values.append(result["validation"]["accuracy"])
+        assert run.read_json(config.out / f"seed-{seed}" / "config.json")["seed"] == seed
     summary = json.loads((config.out / "summary.json").read_text())
     assert summary["seeds"] == [5, 6, 7]
     assert summary["validation"]["accuracy"]["median"] == np.median(values)

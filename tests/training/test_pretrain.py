@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,12 @@ from safetensors.torch import load_file
 
 import training.pretrain
 from gpt1_kernels import GPT1LMHeadModel
+from training.data import Corpus, spread_windows
+from training.metrics import baselines, mean_loss
+from training.optim import warmup_cosine
 from training.run import usable
+from training.static_step import StaticStep
+from training.store import tokenised
 from training.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -112,6 +119,42 @@ def test_the_model_opens_here_and_in_transformers_with_its_tokenizer(runs, folde
     assert tokenizer.decode(ids[0]) == " ".join(text.split())
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+def test_the_result_is_that_of_the_model_on_the_text_held_out(whole, corpus):
+    text, tokenizer = Corpus([corpus]), Tokenizer.open(whole / "model")
+    learned = Tokenizer.train(chain.from_iterable(text.train), 200)
+    assert tokenizer.fingerprint == learned.fingerprint
+    train = tokenised(text.train, tokenizer).tokens
+    validation = tokenised(text.validation, tokenizer).tokens
+    windows = spread_windows(validation, 128, 256)
+    model = GPT1LMHeadModel.from_pretrained(whole / "model")
+    loss = mean_loss(model, windows, 2, "cpu", "fp32")
+    counted = baselines(train, windows.numpy(), 200)
+    n_bytes = sum(len(piece.encode()) for document in text.validation for piece in document)
+    assert json.loads((whole / "result.json").read_text()) == {
+        "validation perplexity": pytest.approx(math.exp(loss)),
+        "unigram": counted.unigram,
+        "bigram": counted.bigram,
+        "bits per byte": pytest.approx(loss / math.log(2) * len(validation) / n_bytes),
+    }
+
+
+def test_the_options_reach_the_updates(run, tmp_path, monkeypatch):
+    made = []
+
+    class Watched(StaticStep):
+        def __init__(self, model, stream, optimizer, batch, **options):
+            super().__init__(model, stream, optimizer, batch, **options)
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
+            made.append((int(stream.key), decays, batch, options))
+
+    monkeypatch.setattr(training.pretrain, "StaticStep", Watched)
+    run(tmp_path, batch_size=4, accumulate=2, clip=0.25, weight_decay=0.5, seed=3, warmup=4)
+    options = {"accumulate": 2, "clip": 0.25, "dtype": "fp32"}
+    assert made == [(3, [0.5, 0.0], (4, 128), options)]
+    rates = {row["step"]: row["learning_rate"] for row in metrics(tmp_path) if "loss" in row}
+    assert rates == {step: 2e-3 * warmup_cosine(step, 4, 9) for step in (0, 2, 5, 8)}
 
 
 def test_samples_are_drawn_in_the_dtype_of_the_run(run, tmp_path, monkeypatch):

@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 
 from tests.training.conftest import EVERY, STEPS
 from training import checkpoint, metrics, static_step
-from training.run import StopSignal, next_folder, write_json
+from training.config import PretrainConfig
+from training.finetune_config import FinetuneConfig
+from training.run import StopSignal, cut_logs, identity, next_folder, require_same, write_json
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = {"tokens_per_second", "flop_utilisation"}
@@ -172,6 +174,37 @@ def test_a_changed_configuration_is_refused_with_the_difference(run, whole, chan
         run(whole, **changes)
 
 
+def test_what_decides_on_the_bits_of_a_run():
+    both = {
+        "batch_size", "clip", "dtype", "learning_rate", "preset", "seed", "warmup", "weight_decay",
+    }  # fmt: skip
+    assert identity(PretrainConfig()).keys() == both | {"backbone", "steps", "style", "vocab_size"}
+    assert identity(FinetuneConfig()).keys() == both | {
+        "classifier_dropout", "epochs", "lm_weight", "n_transfer", "task", "train_examples",
+        "truncation",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("saved", "current"), [({"a": 1, "b": 2}, {"a": 1}), ({"a": 1}, {"a": 1, "b": 2})]
+)
+def test_a_setting_of_one_of_two_runs_tells_them_apart(saved, current):
+    start = checkpoint.Checkpoint(Path("run"), 3, {"identity": saved})
+    with pytest.raises(ValueError, match=r"another configuration: b (None|2) \(was (None|2)\)"):
+        require_same(start, current)
+
+
+def test_logs_are_cut_to_what_they_were_at_the_start(tmp_path):
+    for name in ("metrics.jsonl", "samples.txt"):
+        (tmp_path / name).write_text("one\ntwo\n")
+    start = checkpoint.Checkpoint(
+        tmp_path / "checkpoints" / "step-00000003", 3, {"log_sizes": {"metrics.jsonl": 4}}
+    )
+    cut_logs(tmp_path, start)
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
+    assert (tmp_path / "samples.txt").read_text() == ""
+
+
 def test_a_changed_text_is_refused(run, whole, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "text")
     with (tmp_path / "text" / "0.txt").open("a") as file:
@@ -256,6 +289,12 @@ def test_a_run_without_a_name_starts_in_no_folder_of_another(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     another_run(Path("runs/mini-1"))
     assert next_folder("mini") == Path("runs/mini-2")
+    descriptor = os.open("runs/mini-2", os.O_RDONLY)
+    with pytest.raises(BlockingIOError):  # nor does another get a share of its own
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert next_folder("other") == Path("runs/other-1")
+    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # left by the run that is in another
+    os.close(descriptor)
 
 
 def test_a_damaged_result_is_made_again(run, whole, tmp_path):
@@ -336,6 +375,17 @@ def test_row30_updates_that_are_not_finite_stop_the_run_with_step_and_batch(run,
     assert message.endswith("the batch of the last: 2 windows from number 20 of epoch 0")
     updates = [row for row in log_of(tmp_path) if "loss" in row]
     assert [(row["step"], row["skipped"]) for row in updates] == [(0, 0)]
+
+
+def test_row30_skipped_updates_are_counted_on(run, tmp_path, monkeypatch):
+    diverging = {"learning_rate": 1e30, "warmup": 1, "max_skipped": 99}
+    with monkeypatch.context() as patch:
+        interrupt_once(patch, static_step, "train_step", 4, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(tmp_path, **diverging)
+    run(tmp_path, **diverging)
+    skipped = {row["step"]: row["skipped"] for row in log_of(tmp_path) if "loss" in row}
+    assert (skipped[4], skipped[8]) == (3, 7)
 
 
 def test_row30_a_diverged_run_ends_in_a_result_that_is_json(run, tmp_path, monkeypatch, capsys):

@@ -28,13 +28,14 @@ def test_a_sample_begins_with_its_prompt_and_is_drawn_by_its_seed(model, tokeniz
     assert sample(model, tokenizer, "the low", 20, seed=2) != first
 
 
-def test_the_single_likeliest_token_is_the_argmax(model, tokenizer):
+@pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.0}], ids=str)
+def test_the_single_likeliest_token_is_the_argmax(model, tokenizer, option):
     ids = tokenizer.encode("the low").tolist()
     model.eval()
     for _ in range(5):
         logits = model(torch.tensor([ids], device=model.transformer.h[0].ln_1.weight.device)).logits
         ids.append(int(logits[0, -1].argmax()))
-    assert sample(model, tokenizer, "the low", 5, top_k=1) == tokenizer.decode(ids)
+    assert sample(model, tokenizer, "the low", 5, **option) == tokenizer.decode(ids)
 
 
 def test_a_sample_longer_than_the_model_sees_is_refused(model, tokenizer):

@@ -40,7 +40,7 @@ def task(**changes) -> Task:
 
 
 def test_subsets_are_scored_apart_and_unlabelled_examples_not_at_all():
-    rows = [(1, "m", 1), (0, "m", 1), (None, "m", 0), (0, "mm", 0), (1, "mm", 0)]
+    rows = [(1, "m", 1), (0, "m", 1), (None, "m", 1), (0, "mm", 0), (1, "mm", 0)]
     examples = [Example(("x",), label=label, subset=subset) for label, subset, _ in rows]
     found = evaluate(task(scores=("accuracy",)), examples, np.array([row[2] for row in rows]))
     assert found == {"accuracy": 0.5, "accuracy m": 0.5, "accuracy mm": 0.5}

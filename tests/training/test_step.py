@@ -11,7 +11,7 @@ from gpt1_kernels.numerics import CAPS, error
 from tests.cases import DEVICE
 from tests.models import T, randomised, tokens, with_dropout
 from training.optim import make_optimizer, optimizer_tensors
-from training.step import SkippedUpdates, train_step
+from training.step import SkippedUpdates, apply_losses, train_step
 
 BATCH, UPDATES, RATE, DECAY, CLIP = 4, 3, 1e-2, 0.1, 0.3
 UPDATE_TOLERANCE = 1e-4  # Adam blows a small gradient's rounding up; 2e-5 is seen
@@ -173,3 +173,12 @@ def test_row30_an_update_that_is_not_finite_is_skipped_and_counted(bad):
     assert not torch.equal(
         model.state_dict()["transformer.h.1.ln_1.weight"], before[0]["transformer.h.1.ln_1.weight"]
     )
+
+
+def test_row30_a_loss_that_is_not_finite_is_skipped_whatever_its_gradient():
+    model = fresh_model()
+    weight = model.transformer.tokens_embed.weight
+    before = weight.detach().clone()
+    optimizer = make_optimizer(model, RATE, DECAY)
+    assert not apply_losses(model, optimizer, [weight.sum() + torch.inf], RATE).finite
+    assert torch.equal(weight, before)

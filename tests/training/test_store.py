@@ -203,13 +203,15 @@ def test_a_failure_half_way_leaves_nothing(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["tokens.bin", "documents.bin"])
-def test_a_file_that_lost_its_end_is_an_error(file, tokenizer, tmp_path):
+def test_a_file_that_lost_its_end_or_has_another_is_an_error(file, tokenizer, tmp_path):
     write(tmp_path / "store", DOCUMENTS, tokenizer)
     path = tmp_path / "store" / file
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{file}: {size - 1} bytes, expected {size}"):
-        TokenStore.open(tmp_path / "store")
+    content = path.read_bytes()
+    for damaged in (content[:-1], content + content):
+        path.write_bytes(damaged)
+        expected = f"{file}: {len(damaged)} bytes, expected {len(content)}"
+        with pytest.raises(ValueError, match=expected):
+            TokenStore.open(tmp_path / "store")
 
 
 def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path):

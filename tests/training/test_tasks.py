@@ -11,7 +11,7 @@ import pytest
 
 from training.batches import Buckets
 from training.examples import Example, chosen, load
-from training.tasks import LETTERS, TASKS, Custom, custom_task
+from training.tasks import LETTERS, STS_COLUMNS, TASKS, Custom, custom_task
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -51,6 +51,7 @@ MNLI_TEST = MNLI[:4]
 QQP = ("id", "qid1", "qid2", "question1", "question2", "is_duplicate")
 STSB = ("index", "genre", "filename", "year", "old_index", "source1", "source2",
         "sentence1", "sentence2", "score")  # fmt: skip
+HEADER = "\t".join(STS_COLUMNS)
 RTE_PAIR = '<pair id="{id}" {label} task="IE"><t>It snows &amp; hails.</t><h>It snows.</h></pair>'
 
 # task, files, and (texts, answers, label) of the examples of some splits
@@ -95,11 +96,12 @@ FORMS = {
         "snli",
         {
             "snli_1.0_train.jsonl": jsonl(nli(gold_label="-"), nli(gold_label="contradiction")),
-            "snli_1.0_dev.jsonl": jsonl(nli(gold_label="neutral")),
+            "snli_1.0_dev.jsonl": jsonl(nli(gold_label="-"), nli(gold_label="neutral")),
             "snli_1.0_test.jsonl": jsonl(nli(gold_label="-"), nli(gold_label="entailment")),
         },
         {
             "train": [(("A man sleeps.", "He rests."), (), 2)],
+            "validation": [(("A man sleeps.", "He rests."), (), 1)],
             "test": [
                 (("A man sleeps.", "He rests."), (), None),
                 (("A man sleeps.", "He rests."), (), 0),
@@ -335,6 +337,8 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
         ("race", "race.jsonl",
          jsonl({"article": "a", "question": "b", "options": ["x", "y"], "answer": "C"}),
          r"race.jsonl:1: answer is 'C', expected one of A, B"),
+        ("stsb", "sts-train.csv", f"{HEADER}\ng\tf\t2012\t0\t1.0\ta\tb\tc\n",
+         r"csv:2: 8 cells, expected the 7 of genre"),
         ("storycloze", "cloze_test_val__spring2016.csv", f'{CLOZE}\n1,"a\n',
          r"cloze_test_val__spring2016.csv:2: unexpected end of data"),
         ("storycloze", "cloze_test_val__spring2016.csv", f"{CLOZE}\n1,a,b\n", r"csv:2: 3 cells"),
@@ -449,6 +453,14 @@ def test_hugging_face_data_sets(monkeypatch, task, splits, expected):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install datasets"):
         load(TASKS[task], None)
+
+
+def test_the_subsets_of_mnli_are_the_splits_of_their_names():
+    assert TASKS["mnli"].hub.files == {
+        "train": "train",
+        "validation": {"m": "validation_matched", "mm": "validation_mismatched"},
+        "test": {"m": "test_matched", "mm": "test_mismatched"},
+    }
 
 
 GLUE_CARD = """---

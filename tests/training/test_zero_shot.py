@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +142,21 @@ def test_the_real_pronouns():
     assert {len(example.answers) for example in examples} == {2}
 
 
+def test_the_threshold_of_cola_is_chosen_on_other_sentences_than_those_asked_about(monkeypatch):
+    def length(model, sequences, *_):
+        return np.array([float(len(s.ids)) for s in sequences])
+
+    monkeypatch.setattr(zero_shot, "mean_log_probabilities", length)
+    model = SimpleNamespace(config=SimpleNamespace(n_positions=9))
+    tokenizer = SimpleNamespace(encode=lambda text: np.arange(len(text)))
+    rows = {"train": [(1, 0), (3, 1)], "validation": [(1, 0), (3, 0), (5, 1)]}
+    splits = {
+        split: [Example(("a" * n,), label=label) for n, label in its] for split, its in rows.items()
+    }
+    options = zero_shot.ZeroShotConfig(Path())
+    assert zero_shot.zero_shot("cola", splits, model, tokenizer, options) == pytest.approx(0.5)
+
+
 def test_without_a_file_to_validate_on_all_questions_are_asked(tmp_path):
     question = {"question": "who?", "options": ["a", "b"], "answer": "A"}
     rows = (
@@ -149,6 +165,12 @@ def test_without_a_file_to_validate_on_all_questions_are_asked(tmp_path):
     (tmp_path / "race.jsonl").write_text("\n".join(rows))
     tasks = zero_shot.read_tasks(zero_shot.ZeroShotConfig(tmp_path, race=tmp_path))
     assert len(tasks["race"]["validation"]) == 30
+    rows = "".join(f"x\t{i % 2}\t\tsentence {i}\n" for i in range(30))
+    (tmp_path / "in_domain_train.tsv").write_text(rows)
+    tasks = zero_shot.read_tasks(zero_shot.ZeroShotConfig(tmp_path, cola=tmp_path))
+    assert {split: len(its) for split, its in tasks["cola"].items()} == {
+        "train": 27, "validation": 3,
+    }  # fmt: skip
 
 
 def test_all_checkpoints_of_a_run_are_asked(whole, tmp_path, capsys):
