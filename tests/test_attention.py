@@ -6,6 +6,7 @@ import torch
 from gpt1_kernels import ops, use_backend
 from gpt1_kernels.backends import kernel
 from gpt1_kernels.backends import launches as counts
+from gpt1_kernels.backends.portable import attention as portable
 from tests.cases import (
     DEVICE,
     DTYPES,
@@ -40,6 +41,8 @@ SHORT = [
     causal_attention("padding-in-a-cache", 2, 5, 140, 1, 16, P, padding=[65, 138]),
     causal_attention("first-key-below-zero", 2, 40, 40, 1, 16, P, padding=[-100, 7]),
     causal_attention("negative-scale", 1, 40, 40, 1, 16, P, scale=-0.3),
+    causal_attention("scale-of-zero", 1, 40, 40, 1, 16, P, scale=0.0),
+    causal_attention("all-dropped", 1, 40, 40, 1, 16, 1.0),
     causal_attention_qkvpacked("head-no-power-of-two", 1, 65, 2, 80, P),
     causal_attention_qkvpacked("less-than-eight-columns", 1, 40, 3, 5, P),
 ]
@@ -145,6 +148,32 @@ def test_the_log_sum_exp_of_the_scores(backend):
     expected = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
     assert expected[1].isinf().sum() == 3
     torch.testing.assert_close(lse, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", backends_of("causal_attention"))
+def test_bits_given_with_gaps_between_words(backend):
+    q, k, v = torch.randn(3, 1, 70, 1, 16, device=DEVICE).bfloat16()
+    bits = ops.dropout_mask(SEED, (1, 1, 70, 70), P, causal=True)
+    with_gaps = bits.repeat_interleave(2, -1)[..., ::2]
+    with use_backend(backend):
+        one, other = (
+            ops.causal_attention(q, k, v, dropout_p=P, keep_bits=b) for b in (bits, with_gaps)
+        )
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", backends_of("causal_attention"))
+def test_a_score_that_overflows_reaches_no_query_before_it(backend):
+    q, k, v = torch.ones(3, 1, 40, 1, 16, device=DEVICE).half()
+    with use_backend(backend):
+        expected = ops.causal_attention(100 * q, k, v)
+        k[:, -1] = 6e4
+        assert torch.equal(ops.causal_attention(100 * q, k, v)[:, :-1], expected[:, :-1])
+
+
+def test_sums_over_blocks_of_queries_are_in_fp32(monkeypatch):
+    monkeypatch.setattr(portable, "QUERIES_PER_BLOCK", 1)
+    check_parity(causal_attention("blocks", 1, 300, 300, 1, 16), "portable", torch.bfloat16)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

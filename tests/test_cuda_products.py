@@ -125,6 +125,11 @@ def test_rows_that_overlap_and_addresses_off_16_bytes():
     check(operand(40, 73, "row")[:, :72], operand(72, 64, "row"))
 
 
+def test_the_strides_of_a_single_row_or_column_mean_nothing():
+    check(operand(1, 72, "column"), operand(72, 64, "row"))
+    check(operand(72, 1, "row"), operand(1, 64, "row"))
+
+
 def test_only_rows_that_are_whole_aligned_and_apart_are_read_in_place():
     """The copy engine of Hopper refuses a stride below a row, as that of an expanded row."""
     x = operand(40, 80, "row")

@@ -63,6 +63,11 @@ def test_the_widest_row_is_served_and_a_wider_one_refused():
         ops.layer_norm(x, x[0], x[0])
 
 
+@pytest.mark.parametrize("C", [257, 769, 1025, 2049])
+def test_one_column_more_than_a_layout_holds(C):
+    check_parity(layer_norm("beyond-a-layout", 3, C), "cuda_host", torch.bfloat16)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_order_of_threads_changes_no_bit(case):
     inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
@@ -87,6 +92,19 @@ def test_rows_of_any_stride_give_the_same():
         packed = x.contiguous()
         expected = ops.dropout_add_layer_norm(packed, packed, w, b, dropout_p=P, seed=SEED)
     assert torch.equal(strided, expected)
+
+
+def test_the_second_gradient_of_a_fork_may_lie_off_16_bytes():
+    case = dropout_add_layer_norm("off-16-bytes", 9, 48, P)
+    leaves = [x.bfloat16().requires_grad_() for x in case.inputs.values()]
+    dy, aligned = torch.randn(2, 9, 48).bfloat16()
+    off = torch.cat([aligned.new_zeros(1), aligned.flatten()])[1:].view(9, 48)
+    with use_backend("cuda_host"):
+        read = case.fused(**dict(zip(case.inputs, leaves, strict=True)), fork=True)
+        one, other = (
+            torch.autograd.grad(read, leaves, [dy, x], retain_graph=True) for x in (aligned, off)
+        )
+    assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(30, 37), (130, 256), (33, 520)])

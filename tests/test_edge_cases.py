@@ -4,6 +4,7 @@ Rows that concern other files: 19 and 8 of the model in `test_model.py`, 21 and 
 `test_compile.py`, 26 in `test_dispatch.py`, 28 in `test_pretrained.py`, 31 in `training/`.
 """
 
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -189,15 +190,21 @@ def test_row04_layouts(case, backend, layout):
                 assert_close(name, value, plain[name], oracle[name], dtype)
 
 
+def off_16_bytes(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
 @on_backends(SMALL)
 def test_row04_addresses_off_16_bytes(case, backend):
-    """As of parameters that are parts of one flat tensor."""
+    """As of parameters that are parts of one flat tensor: one of them, or the upstream gradient."""
+    dtype = widest_dtype(backend, case.op)
+    for moved in case.inputs:
 
-    def fused(**inputs):
-        moved = {k: torch.cat([x.new_zeros(1), x.flatten()])[1:] for k, x in inputs.items()}
-        return case.fused(**{k: moved[k].view(x.shape) for k, x in inputs.items()})
+        def fused(moved=moved, **inputs):
+            return case.fused(**{**inputs, moved: off_16_bytes(inputs[moved])})
 
-    check_parity(replace(case, fused=fused), backend, widest_dtype(backend, case.op))
+        check_parity(replace(case, fused=fused), backend, dtype)
+    check_parity(case, backend, dtype, dout=off_16_bytes(upstream(case, dtype)))
 
 
 EMPTY = {
@@ -333,6 +340,16 @@ def test_row10_all_labels_ignored(backend, reduction):
     case = linear_cross_entropy("all-ignored", 9, 16, 50, reduction, ignored=9)
     with use_backend(backend):
         actual = results(case.fused, inputs_for(backend, case))
+    for value in actual.values():
+        assert not value.any()
+
+
+@pytest.mark.parametrize("backend", backends_of("linear_cross_entropy"))
+def test_row10_no_token_has_a_weight(backend):
+    case = linear_cross_entropy("without-weight", 9, 16, 50)
+    fused = partial(case.fused, token_weight=torch.zeros(9, device=DEVICE))
+    with use_backend(backend):
+        actual = results(fused, inputs_for(backend, case))
     for value in actual.values():
         assert not value.any()
 
@@ -480,6 +497,16 @@ def test_row16_confident_tokens_and_logits_of_ten_thousand(case, backend, dtype)
         loss_scale = 2.0**12 if 0 < gain < 100 else 1.0  # without it, fp16 gradients underflow
         dout = torch.full_like(case.reference(**case.inputs), loss_scale)
         check_parity(case, backend, dtype, dout=dout)
+
+
+@pytest.mark.parametrize("backend", backends_of("linear_cross_entropy"))
+def test_row16_the_loss_of_a_token_that_is_all_but_certain(backend):
+    """A loss of which 1 plus the others' share keeps nothing."""
+    w, targets = torch.eye(24, device=DEVICE).bfloat16(), torch.arange(24, device=DEVICE)
+    with use_backend(backend):
+        loss = ops.linear_cross_entropy(20 * w, w, targets, reduction="none")
+    expected = torch.full_like(loss, math.log1p(23 * math.exp(-20)))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
 @dtypes
@@ -645,8 +672,8 @@ def test_row24_wrong_ranks_and_sizes_are_named(case):
     [
         (lambda x: ops.layer_norm(x.sum(), x[0], x[0]), r"x has shape \(\), expected \(..., C\)"),
         (
-            lambda x: ops.causal_attention(x[None, :, None], x[None, :3, None], x[None, :3, None]),
-            "q has 9 positions, expected at most k's 3",
+            lambda x: ops.causal_attention(x[None, :, None], x[None, :8, None], x[None, :8, None]),
+            "q has 9 positions, expected at most k's 8",
         ),
         (lambda x: ops.causal_attention(*[x[None, :, None, :0]] * 3), "q has heads of size 0"),
         (lambda x: ops.causal_attention_qkvpacked(x[None], 5), "width 48.* 3 · 5 heads"),
@@ -661,6 +688,12 @@ def test_row24_wrong_ranks_and_sizes_are_named(case):
         (
             lambda x: ops.linear_cross_entropy(x, x, torch.arange(9), reduction="max"),
             "reduction is 'max', expected one of",
+        ),
+        (
+            lambda x: ops.linear_cross_entropy(
+                x, x, torch.arange(9), token_weight=torch.ones(9, requires_grad=True)
+            ),
+            "token_weight requires a gradient",
         ),
         (
             lambda x: ops.linear_cross_entropy(x, x, torch.arange(8)),
@@ -680,6 +713,12 @@ def test_row24_wrong_ranks_and_sizes_are_named(case):
         (lambda x: ops.dropout_mask(SEED.cpu(), (2, 3), 1.5), r"dropout_p is 1.5, expected"),
         (lambda x: ops.dropout_mask(SEED.cpu()[:1], (2, 3), 0.5), r"seed has shape \(1,\)"),
         (lambda x: ops.dropout_mask(SEED.cpu(), (2**32 + 1, 1), 0.5), "at most 4294967296"),
+        (
+            lambda x: ops.causal_attention_qkvpacked(
+                x[None], 2, dropout_p=0.1, seed=SEED.cpu(), row_offset=2**31 - 8
+            ),
+            "row_offset . rows is 4294967298, expected at most 4294967296",
+        ),
         (
             lambda x: ops.dropout_add_layer_norm(x, x, x[0], x[0], dropout_p=0.1),
             "seed is None, expected an int64 tensor",

@@ -15,6 +15,7 @@ from tests.cases import (
     SEED,
     P,
     backends_of,
+    check_ids_as_on_a_gpu,
     check_parity,
     check_repeatable,
     embedding,
@@ -120,14 +121,14 @@ def test_only_the_kernels_of_needed_gradients_are_launched(launches):
         assert counts == dict.fromkeys([forward, *kernels], 1)
 
 
-@pytest.mark.parametrize("backend", [b for b in backends_of("embedding") if b != "portable"])
+@on_each_backend
 @pytest.mark.parametrize("p", [0.0, P])
 @pytest.mark.parametrize("name", ["ids", "position_ids", "token_type_ids"])
 @pytest.mark.parametrize("value", [-1, 50, 2**40])
 def test_a_kernel_meets_an_id_out_of_range(name, value, p, backend, monkeypatch):
     """As on a GPU, where nothing is checked before the launch."""
     kernels = sys.modules[kernel(backend, "embedding", "embedding_fwd").__module__]
-    monkeypatch.setattr(kernels, "check_ids", lambda *_: None)
+    monkeypatch.setattr(kernels, "check_ids", check_ids_as_on_a_gpu(backend))
     generator = torch.Generator().manual_seed(2)
     good = {
         n: torch.randint(50, (2, 17), generator=generator).to(DEVICE)
@@ -156,3 +157,16 @@ def test_a_kernel_meets_an_id_out_of_range(name, value, p, backend, monkeypatch)
     good_gradients[name == "position_ids"][good[name][1, 3]] -= undropped
     for actual, expected in zip(gradients, good_gradients, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends_of("embedding") if b != "portable"])
+@pytest.mark.parametrize("value", [-2, 5])
+def test_a_run_of_ids_out_of_range_is_written_nowhere(value, backend):
+    """Neither to a row of the gradient nor beside it, from inside a chunk or from several."""
+    kernels = sys.modules[kernel(backend, "embedding", "embedding_fwd").__module__]
+    for length in (9, 2 * CHUNK + 1):
+        memory = torch.zeros(9, 16, device=DEVICE)
+        ids = torch.full((1, length), value, device=DEVICE)
+        dout = torch.ones(1, length, 16, device=DEVICE)
+        kernels._add_by_id(dout, [ids], memory[2:7], None, (0, 1.0, 0))
+        assert not memory.any()

@@ -20,6 +20,7 @@ def note(record, *ids):
 
 
 def test_the_first_id_out_of_range_is_raised_once(record):
+    note(record)
     note(record, 3, 4)
     check_errors()
     note(record, 3, 12, 13)

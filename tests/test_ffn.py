@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpt1_kernels import backends, ops, use_backend
+from gpt1_kernels.backends.portable.sums import column_sums
 from tests.cases import (
     DTYPES,
     backends_of,
@@ -97,3 +98,8 @@ def test_backward_launches_what_is_needed(needed, products, sums, launches):
     assert launches["triton", "matmul_kernel"] == products
     assert launches["triton", "sum_partials_kernel"] == sums
     assert launches["triton", "sum_rows_kernel"] == ("b_proj" in needed)
+
+
+def test_sums_over_blocks_of_rows_are_in_fp32():
+    x = torch.randn(300, 16).bfloat16()
+    torch.testing.assert_close(column_sums(x), x.float().sum(0))

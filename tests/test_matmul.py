@@ -85,6 +85,17 @@ def test_rows_that_overlap_and_addresses_off_16_bytes(bulk, on_path):
     check(a, torch.randn(72 * 64 + 1, device=DEVICE).bfloat16()[1:].view(72, 64))
 
 
+def test_what_descriptors_read(on_path):
+    """Rows that are whole, aligned and apart, of 16-bit numbers."""
+    on_path(True)
+    x = operand(40, 80, BF16, "row")
+    overlapping = x[:1].expand(40, 80), x.as_strided((9, 80), (8, 1))
+    for rows in (x, x[:, :75], x[::2]):
+        assert launching.reads_in_bulk(rows, rows.shape[1], *rows.stride())
+    for rows in (*overlapping, x[:, 1:], x[:, :75].contiguous(), x[:, ::2], x[:0], x.float()):
+        assert not launching.reads_in_bulk(rows, rows.shape[1], *rows.stride())
+
+
 @PATHS
 def test_the_stride_of_a_single_column_means_nothing(bulk, on_path):
     on_path(bulk)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpt1_kernels.numerics import ABSOLUTE_SLACK, Error, allowed, assert_close, error
+from gpt1_kernels.numerics import Error, allowed, assert_close, error
 from tests.cases import (
     DTYPES,
     cast,
@@ -127,8 +127,28 @@ def test_the_errors_are_what_they_say():
         error(torch.ones(2), torch.ones(3))
 
 
-def test_what_plain_pytorch_loses_is_capped():
-    limit = allowed(Error(1.0, 1.0), torch.bfloat16)
-    assert limit.whole == pytest.approx(2 * 6e-3 + ABSOLUTE_SLACK)
-    assert limit.worst_row == pytest.approx(2 * 18e-3 + ABSOLUTE_SLACK)
-    assert allowed(Error(1e-4, 1e-4), torch.bfloat16).whole == 2e-4 + ABSOLUTE_SLACK
+@pytest.mark.parametrize(
+    ("dtype", "cap"), [(torch.bfloat16, 6e-3), (torch.float16, 8e-4), (torch.float32, 1e-6)]
+)
+def test_what_plain_pytorch_loses_is_capped(dtype, cap):
+    limit = allowed(Error(1.0, 1.0), dtype)
+    assert limit.whole == pytest.approx(2 * cap + 2e-6)
+    assert limit.worst_row == pytest.approx(6 * cap + 2e-6)
+    limit = allowed(Error(cap / 2, cap), dtype)
+    assert limit.whole == pytest.approx(cap + 2e-6)
+    assert limit.worst_row == pytest.approx(2 * cap + 2e-6)
+
+
+def test_an_error_in_every_row_is_held_to_less_than_one_in_a_row():
+    oracle = torch.randn(100, 8).double()
+    plain = oracle.clone()
+    plain[0] *= 1.01
+    with pytest.raises(AssertionError, match="every"):
+        assert_close("every", 1.005 * oracle, plain, oracle, torch.bfloat16)
+
+
+def test_of_a_single_number_the_cap_decides():
+    oracle = torch.ones(1).double()
+    assert_close("number", 1.01 * oracle, oracle, oracle, torch.bfloat16)
+    with pytest.raises(AssertionError, match="number"):
+        assert_close("number", 1.02 * oracle, oracle, oracle, torch.bfloat16)

@@ -64,3 +64,50 @@ def test_dropout_scales_the_survivors():
     dropped = reference.dropout(x, keep, 0.5)
     assert not dropped[~keep].any()
     torch.testing.assert_close(dropped[keep], 2 * x[keep])
+
+
+def test_a_residual_site():
+    """The bias is dropped with what it is added to."""
+    x, residual, w, b, x_bias = draw(5, 48), draw(5, 48), draw(48), draw(48), draw(48)
+    keep = torch.rand(5, 48) < 0.75
+    site = reference.dropout_add_layer_norm(x, residual, w, b, 0.1, keep, 0.25, x_bias)
+    total = residual + (x + x_bias) * keep / 0.75
+    expected = functional.layer_norm(total, (48,), w, b, 0.1)
+    torch.testing.assert_close(site, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_feed_forward_network():
+    x, w_fc, b_fc, w_proj, b_proj = draw(5, 8), draw(8, 32), draw(32), draw(32, 8), draw(8)
+    hidden = functional.gelu(functional.linear(x, w_fc.t(), b_fc), approximate="tanh")
+    torch.testing.assert_close(
+        reference.gelu_ffn(x, w_fc, b_fc, w_proj, b_proj),
+        functional.linear(hidden, w_proj.t(), b_proj),
+    )
+
+
+def test_attention_with_padding_a_scale_and_dropout():
+    q, k, v = draw(2, 5, 3, 16), draw(2, 9, 3, 16), draw(2, 9, 3, 16)
+    first_key, keep = torch.tensor([2, 4], dtype=torch.int32), torch.rand(2, 3, 5, 9) < 0.75
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    mask = mask & (torch.arange(9) >= first_key[:, None, None, None])
+    probabilities = functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), torch.eye(9).double().expand(2, 3, 9, 9),
+        attn_mask=mask, scale=0.3,
+    )  # fmt: skip
+    expected = (probabilities * keep / 0.75) @ v.transpose(1, 2)
+    actual = reference.causal_attention(q, k, v, 0.3, keep, 0.25, first_key)
+    torch.testing.assert_close(actual, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
+
+
+def test_weights_of_tokens():
+    """A mean by the weights of the tokens that count, as the classes' weights of PyTorch give."""
+    logits, targets, of_class = draw(9, 30), torch.randperm(30)[:9], torch.rand(30).double()
+    weight = of_class[targets]
+    targets[3] = 77
+    for reduction in ("mean", "sum", "none"):
+        torch.testing.assert_close(
+            reference.cross_entropy(logits, targets, 77, reduction, weight),
+            functional.cross_entropy(
+                logits, targets, of_class, ignore_index=77, reduction=reduction
+            ),
+        )

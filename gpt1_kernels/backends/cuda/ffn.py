@@ -80,7 +80,7 @@ def gelu_ffn_bwd(
         dx, *rest = (_first(g, *size) for g, size in zip(grads, sizes, strict=True))
         return dx.view(shape) if needs[0] else dx, *rest
 
-    dy, x, pre = aligned(dy), aligned(x), pre.contiguous()
+    dy, pre = aligned(dy), pre.contiguous()
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     need_dpre = need_x or need_w_fc
     dx = x.new_empty(shape if need_x else 0)
