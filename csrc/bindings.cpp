@@ -11,7 +11,7 @@
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "matmul/matmul.h"
 #include "platform/runtime.h"
-#include "platform/tensors.h"
+#include "tensors.h"
 
 PYBIND11_MODULE(GPT1_KERNELS_MODULE, module) {
     using namespace gpt1;

@@ -6,7 +6,7 @@
 #include "platform/host_planted.h"
 #include "platform/platform.cuh"
 #include "platform/runtime.h"
-#include "platform/tensors.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
