@@ -45,7 +45,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
@@ -57,6 +56,7 @@ from gpt1_kernels.backends.cuda import extension, linear_cross_entropy, matmul
 from gpt1_kernels.backends.logits import padded_vocabulary
 from gpt1_kernels.backends.triton import launch as launching
 from gpt1_kernels.backends.triton import matmul as triton_matmul
+from gpt1_kernels.backends.triton import philox
 from gpt1_kernels.errors import error_record
 
 PROCESSORS = 132
@@ -146,7 +146,7 @@ def counting() -> Iterator[Traffic]:
         yield traffic
 
 
-def _any_bits(seed, block, row, step, site, n_rounds):
+def _any_bits(block, row, *of_stream):
     """Four words in the place of Philox's: drawing them moves no bytes, and takes the most time."""
     word = block + row
     return word, word, word, word
@@ -168,7 +168,7 @@ def _counting_triton(processors: int, shared_memory: int) -> Iterator[Traffic]:
         mock.patch.multiple(
             launching, INTERPRETED_PROCESSORS=processors, SMALLEST_SHARED_MEMORY=shared_memory
         ),
-        mock.patch.object(tl, "philox", _any_bits),
+        mock.patch.object(philox, "philox4x32", _any_bits),
         mock.patch.object(InterpreterBuilder, "create_dot", _any_product),
         _forgotten(*caches),
         counting() as traffic,

@@ -33,7 +33,7 @@ struct DropoutStream {
         std::uint32_t c0 = block, c1 = row, c2 = step, c3 = site, k0 = key[0], k1 = key[1];
 #pragma unroll
         for (int round = 0; round < 7; ++round) {
-            const std::uint64_t even = std::uint64_t{c0} * 0xD2511F53u, odd = std::uint64_t{c2} * 0xCD9E8D57u;
+            const std::uint64_t even = multiply_wide(c0, 0xD2511F53u), odd = multiply_wide(c2, 0xCD9E8D57u);
             c0 = static_cast<std::uint32_t>(odd >> 32) ^ c1 ^ k0;
             c1 = static_cast<std::uint32_t>(odd);
             c2 = static_cast<std::uint32_t>(even >> 32) ^ c3 ^ k1;
@@ -44,34 +44,29 @@ struct DropoutStream {
         return {c0, c1, c2, c3};
     }
 
-    /// A bit for each of the block's eight elements, element j in bit j; 1 keeps.
-    __device__ __forceinline__ std::uint32_t keep8(
-        std::uint32_t block, std::uint32_t row, std::uint32_t threshold) const {
-        const Vector<std::uint32_t, 4> words = draw(block, row);
-        std::uint32_t bits = 0;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            bits |= static_cast<std::uint32_t>((words[k] & 0xffffu) >= threshold) << 2 * k;
-            bits |= static_cast<std::uint32_t>((words[k] >> 16) >= threshold) << (2 * k + 1);
-        }
-        return bits;
-    }
-
-    /// The bits of N = 4 or 8 columns from `column` on, a multiple of N.
+    /// Which of N = 4 or 8 columns from `column` on, a multiple of N, are kept.
     template <int N>
-    __device__ __forceinline__ std::uint32_t keep(
+    __device__ __forceinline__ Vector<bool, N> keep(
         std::int64_t column, std::int64_t row, std::uint32_t threshold) const {
         static_assert(N == 4 || N == 8);
-        return keep8(static_cast<std::uint32_t>(column / 8), static_cast<std::uint32_t>(row), threshold) >>
-               (N == 4 ? column & 4 : 0);
+        const Vector<std::uint32_t, 4> words =
+            draw(static_cast<std::uint32_t>(column / 8), static_cast<std::uint32_t>(row));
+        Vector<bool, N> keep;
+#pragma unroll
+        for (int k = 0; k < N / 2; ++k) {
+            const std::uint32_t word = N == 4 && column & 4 ? words[k + 2] : words[k];
+            keep[2 * k] = (word & 0xffffu) >= threshold;
+            keep[2 * k + 1] = (word >> 16) >= threshold;
+        }
+        return keep;
     }
 };
 
-/// Drops elements or scales the survivors: N neighbouring columns of a row whose bits are `keep`.
+/// Drops elements or scales the survivors.
 template <int N>
-__device__ __forceinline__ void apply_dropout(Vector<float, N>& x, std::uint32_t keep, float scale) {
+__device__ __forceinline__ void apply_dropout(Vector<float, N>& x, const Vector<bool, N>& keep, float scale) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = keep >> j & 1 ? x[j] * scale : 0.0f;
+    for (int j = 0; j < N; ++j) x[j] = keep[j] ? x[j] * scale : 0.0f;
 }
 
 }  // namespace gpt1

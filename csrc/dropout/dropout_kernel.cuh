@@ -44,7 +44,10 @@ struct DropoutMask {
         std::uint32_t bits = 0;
 #pragma unroll
         for (int octet = 0; octet < 4; ++octet) {
-            bits |= stream.keep8(word * 4 + octet, p.row_offset + row, p.threshold) << 8 * octet;
+            const Vector<bool, 8> keep =
+                stream.keep<8>(word * 32 + octet * 8, p.row_offset + row, p.threshold);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) bits |= static_cast<std::uint32_t>(keep[j]) << (octet * 8 + j);
         }
         const std::int64_t used = p.columns - word * 32;
         return used >= 32 ? bits : used <= 0 ? 0 : bits & ((1u << used) - 1);

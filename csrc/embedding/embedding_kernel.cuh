@@ -74,11 +74,11 @@ struct EmbeddingFwd {
                 const std::int64_t row_i = row + i * p.sequences * p.T;
                 if (row_i >= p.B * p.T) break;
                 if (p.dropout.seed) {
-                    const std::uint32_t keep =
+                    const Vector<bool, kOctet> keep =
                         stream.keep<kOctet>(column, p.dropout.row_offset + row_i, p.dropout.threshold);
 #pragma unroll
                     for (int j = 0; j < kOctet; ++j) {
-                        out[i][j] *= keep >> j & 1 ? p.dropout.scale : 0.0f;  // a product leaves NaN NaN
+                        out[i][j] *= keep[j] ? p.dropout.scale : 0.0f;  // a product leaves NaN NaN
                     }
                 }
                 p.out.store_columns(row_i * p.C + column, out[i], count, p.aligned);
@@ -138,7 +138,7 @@ struct EmbeddingGradient {
         std::int64_t row, std::int64_t column) const {
         Vector<float, kOctet> gradient = widen(x);
         if (dropout.seed) {
-            const std::uint32_t keep =
+            const Vector<bool, kOctet> keep =
                 stream.keep<kOctet>(column, dropout.row_offset + row, dropout.threshold);
             apply_dropout(gradient, keep, dropout.scale);
         }

@@ -124,6 +124,7 @@ struct LayerNormFwd {
                 }
             }
 
+            // Beyond C all is 0, and stays so.
             Vector<float, kWidth> total[kVectors];
             float sum = 0.0f;
 #pragma unroll
@@ -132,7 +133,7 @@ struct LayerNormFwd {
                 total[i] = widen(x[i]);
                 if (p.x_bias) add(total[i], Layout::load(x_bias, i));
                 if (p.dropout.seed) {
-                    const std::uint32_t keep =
+                    const Vector<bool, kWidth> keep =
                         stream.keep<kWidth>(column, p.dropout.row_offset + row, p.dropout.threshold);
                     apply_dropout(total[i], keep, p.dropout.scale);
                 }
@@ -144,7 +145,7 @@ struct LayerNormFwd {
                     if (p.total) store_columns(p.total, row * p.C + column, rounded, count, p.aligned);
                 }
 #pragma unroll
-                for (int j = 0; j < kWidth; ++j) sum += j < count ? total[i][j] : 0.0f;
+                for (int j = 0; j < kWidth; ++j) sum += total[i][j];
             }
             float mean = row_sum(sum) / p.C;
             sum = subtract(p, total, mean);
@@ -156,9 +157,8 @@ struct LayerNormFwd {
             sum = 0.0f;
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
-                const int count = p.C - Layout::column(i);
 #pragma unroll
-                for (int j = 0; j < kWidth; ++j) sum += j < count ? total[i][j] * total[i][j] : 0.0f;
+                for (int j = 0; j < kWidth; ++j) sum += total[i][j] * total[i][j];
             }
             const float rstd = 1.0f / sqrtf(row_sum(sum) / p.C + p.eps);
 
@@ -185,8 +185,8 @@ private:
             const int count = p.C - Layout::column(i);
 #pragma unroll
             for (int j = 0; j < Layout::kWidth; ++j) {
-                x[i][j] -= number;
-                sum += j < count ? x[i][j] : 0.0f;
+                x[i][j] = j < count ? x[i][j] - number : 0.0f;
+                sum += x[i][j];
             }
         }
         return sum;
@@ -289,7 +289,7 @@ struct LayerNormBwd {
                 }
                 if (p.dtotal) store_columns(p.dtotal, offset, narrow<T>(dtotal), count, p.aligned);
                 if (p.dropout.seed) {
-                    const std::uint32_t keep =
+                    const Vector<bool, kWidth> keep =
                         stream.keep<kWidth>(column, p.dropout.row_offset + row, p.dropout.threshold);
                     apply_dropout(dtotal, keep, p.dropout.scale);
                 }

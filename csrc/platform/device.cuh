@@ -246,6 +246,13 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
     return y;
 }
 
+/// A product of 64 bits in one instruction: of a plain one, ptxas adds the upper half to zero besides.
+__device__ __forceinline__ std::uint64_t multiply_wide(std::uint32_t a, std::uint32_t b) {
+    std::uint64_t product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+    return product;
+}
+
 // --- matrices --------------------------------------------------------------------------------------
 
 struct FragmentA {

@@ -71,6 +71,7 @@ using std::min;
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
+inline std::uint64_t multiply_wide(std::uint32_t a, std::uint32_t b) { return std::uint64_t{a} * b; }
 
 // --- indices ---------------------------------------------------------------------------------------
 

@@ -5,16 +5,30 @@ import triton.language as tl
 
 
 @triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """The four words of a counter under a key, all of them uint32.
+
+    As `tl.philox`, which multiplies twice, once for each half of a product: in 64 bits both come
+    from one instruction.
+    """
+    for _ in tl.static_range(7):
+        even, odd = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0, odd.to(tl.uint32)
+        c2, c3 = (even >> 32).to(tl.uint32) ^ c3 ^ k1, even.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def philox_block(seed_ptr, row, block):
     """The four words of the blocks (row, block), which broadcast: eight values of 16 bits each.
 
     Word k holds value 2k in its low half and value 2k + 1 in its high half.
     """
-    key = tl.load(seed_ptr)
-    site_and_step = tl.load(seed_ptr + 1)
-    step = site_and_step.to(tl.uint32)
-    site = (site_and_step >> 32).to(tl.uint32)
-    return tl.philox(key, block.to(tl.uint32), row.to(tl.uint32), step, site, n_rounds=7)
+    key, site_and_step = tl.load(seed_ptr), tl.load(seed_ptr + 1)
+    step, site = site_and_step.to(tl.uint32), (site_and_step >> 32).to(tl.uint32)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    return philox4x32(block.to(tl.uint32), row.to(tl.uint32), step, site, k0, k1)
 
 
 @triton.jit
