@@ -62,7 +62,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd: {n_embd}, expected a multiple of n_head {n_head}")
-        self.n_head, self.dropout_p = n_head, dropout_p
+        self.n_embd, self.n_head, self.dropout_p = n_embd, n_head, dropout_p
         self.c_attn = Conv1D(n_embd, 3 * n_embd) if c_attn is None else c_attn
         self.c_proj = Conv1D(n_embd, n_embd) if c_proj is None else c_proj
 
@@ -73,7 +73,11 @@ class CausalSelfAttention(nn.Module):
         row_offset: int = 0,
         first_key: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C); the arguments are those of `ops.causal_attention`."""
+        """(B, T, C) → (B, T, C); the arguments are those of `ops.causal_attention`.
+
+        Raises:
+            ValueError: the output of c_attn is not 3C wide.
+        """
         return self.c_proj(self.attend(x, seed, row_offset, first_key))
 
     def attend(
@@ -97,6 +101,8 @@ class CausalSelfAttention(nn.Module):
             "keep_bits": keep_bits,
         }  # fmt: skip
         qkv = self.c_attn(x)
+        if qkv.shape[-1] != 3 * self.n_embd:  # a share of it, say, has heads of another size
+            raise ValueError(f"c_attn: width {qkv.shape[-1]}, expected 3 · {self.n_embd}")
         if cache is None:
             return ops.causal_attention_qkvpacked(qkv, self.n_head, **options)
         q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)
@@ -110,8 +116,9 @@ class GeluFFN(nn.Module):
         n_embd: C.
         n_hidden: F, by default 4C.
         c_fc, c_proj: the two projections; by default `Conv1D`, or an `nn.Linear` each, whose
-            weight is read in place. Any other module, and one with hooks or without c_fc's bias,
-            is called instead, with PyTorch's GELU between the two, which is logged once.
+            weight is read in place. Any other module, and one with hooks, a weight that is no plain
+            tensor or without c_fc's bias, is called instead, with PyTorch's GELU between the two,
+            which is logged once.
     """
 
     def __init__(
@@ -135,7 +142,7 @@ class GeluFFN(nn.Module):
         if not (_is_affine(self.c_fc) and _is_affine(self.c_proj)) or self.c_fc.bias is None:
             called = (
                 f"{type(self.c_fc).__name__} and {type(self.c_proj).__name__} with hooks, without "
-                "a bias or with a forward of their own"
+                "a bias, with a forward of their own or a weight that is no plain tensor"
             )
             if not add_bias:
                 raise ValueError(f"add_bias: False, expected weights to read, not {called}")
@@ -209,7 +216,15 @@ def _is_affine(projection: nn.Module) -> bool:
     """Whether its weight and bias say all that it does; LoRA, pruning and quantisation do more."""
     forwards = (Conv1D.forward, nn.Linear.forward)
     replaced = "forward" in projection.__dict__ or type(projection).forward not in forwards
-    return not (replaced or projection._forward_pre_hooks or projection._forward_hooks)
+    return not (
+        replaced
+        or projection._forward_pre_hooks
+        or projection._forward_hooks
+        or projection._backward_pre_hooks
+        or projection._backward_hooks
+        # A tensor around others, quantised or sharded; a parametrised weight is not computed here.
+        or hasattr(type(projection._parameters.get("weight")), "__tensor_flatten__")
+    )
 
 
 def _in_out(projection: nn.Module) -> Tensor:

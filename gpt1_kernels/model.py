@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -39,18 +41,23 @@ SUMMARY = {
 """What `transformers` calls GPT-1's multiple-choice head; it has others."""
 
 
-class ModelOutput(dict):
-    """What a model returns: values by attribute, by key, or by index among those not None."""
+class ModelOutput(OrderedDict):
+    """What a model returns: values by attribute, by key, or by index among those not None.
 
-    _names: tuple[str, ...] = ()  # of all, while a copy is made of none
+    Others rebuild it from the values that are not None: accelerate by its type, FSDP1 key by key
+    where it is an OrderedDict. What it does not hold is therefore known to the class.
+    """
 
-    def __init__(self, values: Mapping[str, Any] | None = None, /, **more: Any):
-        values = {**(values or {}), **more}
+    _names = (
+        "loss", "lm_loss", "mc_loss", "logits", "mc_logits", "last_hidden_state", "hidden_states"
+    )  # fmt: skip
+
+    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any):
+        values = {**dict(values), **more}
         super().__init__((k, v) for k, v in values.items() if v is not None)
-        self._names = tuple(values)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._names:
+        if name in self or name in self._names:
             return self.get(name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {self._names}")
 
@@ -63,17 +70,16 @@ class ModelOutput(dict):
 
 
 def _flatten(output: ModelOutput) -> tuple[list[Any], tuple]:
-    return list(output.values()), (tuple(output), output._names)
+    return list(output.values()), tuple(output)
 
 
 def _flatten_with_keys(output: ModelOutput) -> tuple[list[tuple], tuple]:
-    values, context = _flatten(output)
-    return [(pytree.MappingKey(k), v) for k, v in zip(output, values, strict=True)], context
+    values, keys = _flatten(output)
+    return [(pytree.MappingKey(k), v) for k, v in zip(keys, values, strict=True)], keys
 
 
-def _unflatten(values: Iterable[Any], context: tuple) -> ModelOutput:
-    keys, names = context
-    return ModelOutput({**dict.fromkeys(names), **dict(zip(keys, values, strict=True))})
+def _unflatten(values: Iterable[Any], keys: tuple) -> ModelOutput:
+    return ModelOutput(zip(keys, values, strict=True))
 
 
 # Where DDP(static_graph=True), torch.export and others look for tensors in an output.
@@ -140,6 +146,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
         self.h = nn.ModuleList(self.block_class(config, layer) for layer in range(config.n_layer))
         self.dropout_stream = DropoutStream(config.n_layer)
         self.gradient_checkpointing = False
+        self.register_load_state_dict_post_hook(_bring_dropout_stream)
         for parameter in self.parameters():
             if parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
@@ -196,7 +203,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
         length = shape[-1]
-        rows = shape[:-1].numel()
+        rows = prod(shape[:-1])  # Size.numel would make symbols of torch.export constants
         _check_shape("attention_mask", attention_mask, shape)
         _check_shape("token_type_ids", token_type_ids, shape)
         _check_shape("position_ids", position_ids, shape, (1, length), (length,))
@@ -550,6 +557,13 @@ class GPT1ForSequenceClassification(_Headed):
         if problem == "single_label_classification" or not labels.is_floating_point():
             return cross_entropy(logits, labels.flatten())
         return bce_with_logits(logits, labels)
+
+
+def _bring_dropout_stream(model: GPT1Model, _: object) -> None:
+    """After `load_state_dict(assign=True)` from the meta device: no checkpoint has the stream."""
+    device = model.tokens_embed.weight.device
+    if model.dropout_stream.key.is_meta and device.type != "meta":
+        model.dropout_stream.to_empty(device=device)
 
 
 def _check_shape(name: str, given: Tensor | None, *allowed: tuple[int, ...]) -> None:

@@ -450,6 +450,15 @@ def test_row14_two_backwards_leave_the_inputs_unchanged(case, backend):
         assert torch.equal(leaves[name], inputs[name])
 
 
+# Attention's backward reads its output, and PyTorch says so where that was changed.
+@on_backends([case for case in SMALL if case.op != "causal_attention"])
+def test_row14_an_output_may_be_changed_in_place(case, backend):
+    inputs = inputs_for(backend, case)
+    with use_backend(backend):
+        expected = results(lambda **inputs: case.fused(**inputs) * 2, inputs)
+        assert_same(results(lambda **inputs: case.fused(**inputs).mul_(2), inputs), expected)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("backend", backends_of("dropout_add_layer_norm"))
 def test_row14_the_same_tensor_as_x_and_residual(backend, p):

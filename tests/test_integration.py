@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import tokenizers
 import torch
 from torch import distributed, multiprocessing
+from torch.export import Dim
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -40,18 +42,60 @@ def test_an_output_can_be_copied(copied):
         _ = other.losses
 
 
-def test_export():
+@pytest.mark.parametrize(
+    "rebuilt",
+    [lambda o: type(o)(dict(o)), lambda o: put_into(type(o)(), o)],
+    ids=["accelerate", "FSDP1"],
+)
+def test_an_output_is_rebuilt_from_what_it_holds(rebuilt):
+    output = randomised(GPT1LMHeadModel(config()))(tokens(1, T), labels=tokens(1, T))
+    assert isinstance(output, OrderedDict)  # FSDP1 makes any other dictionary a plain one
+    other = rebuilt(output)
+    assert other.loss is output.loss
+    assert other.logits is None
+
+
+def put_into(empty, output):
+    for key, value in output.items():
+        empty[key] = value
+    return empty
+
+
+@pytest.mark.filterwarnings("ignore:.* an autograd kernel was not registered")
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
     model = randomised(GPT1LMHeadModel(config())).eval()
-    exported = torch.export.export(model, (tokens(1, T),)).module()
-    torch.testing.assert_close(exported(tokens(1, T)).logits, model(tokens(1, T)).logits)
+    lengths = {0: Dim("B"), 1: Dim("T", min=3, max=32)}
+    exported = torch.export.export(
+        model, (tokens(2, T),), {"labels": tokens(2, T)}, strict=strict,
+        dynamic_shapes={"input_ids": lengths, "labels": lengths},
+    ).module()  # fmt: skip
+    ids = tokens(3, T + 1)
+    actual, expected = exported(ids, labels=ids), model(ids, labels=ids)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    refused = "does not require grad" if strict else "an exported program has no backward"
+    with pytest.raises(RuntimeError, match=refused):
+        actual.loss.backward()
 
 
-def test_a_model_from_the_meta_device_has_its_own_dropout():
-    model = GPT1LMHeadModel(with_dropout())
+def test_shapes_on_the_meta_device():
+    with torch.device("meta"):
+        model, ids = GPT1LMHeadModel(with_dropout()), torch.zeros(1, T, dtype=torch.int64)
+    output = model(ids, labels=ids, return_logits=True)
+    output.loss.backward()
+    assert output.logits.shape == (1, T, V)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_from_the_meta_device_has_its_own_dropout(assign):
+    model = GPT1LMHeadModel(with_dropout()).to(DEVICE)
     with torch.device("meta"):
         empty = GPT1LMHeadModel(with_dropout())
-    empty.to_empty(device=DEVICE).load_state_dict(model.state_dict())
-    stream, expected = empty.dropout_stream, model.to(DEVICE).dropout_stream
+    if not assign:
+        empty.to_empty(device=DEVICE)
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    stream, expected = empty.dropout_stream, model.dropout_stream
     assert torch.equal(stream.site_words, expected.site_words)
     assert stream.step == 0
     stream.set_key(int(expected.key))

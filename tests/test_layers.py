@@ -155,6 +155,45 @@ def hooked(n_in, n_out):
     return projection
 
 
+def hooked_backward(n_in, n_out):
+    projection = nn.Linear(n_in, n_out)
+    projection.register_full_backward_hook(lambda module, dx, dy: (3 * dx[0],))
+    return projection
+
+
+def prepared_backward(n_in, n_out):
+    projection = nn.Linear(n_in, n_out)
+    projection.register_full_backward_pre_hook(lambda module, dy: (3 * dy[0],))
+    return projection
+
+
+class Halves(torch.Tensor):
+    """A weight that holds others, as quantised and sharded ones do, and is no use to a kernel."""
+
+    @staticmethod
+    def __new__(cls, low, high):
+        shape = 2 * low.shape[0], low.shape[1]
+        return cls._make_wrapper_subclass(cls, shape, dtype=low.dtype, device=low.device)
+
+    def __init__(self, low, high):
+        self.low, self.high = low, high
+
+    def __tensor_flatten__(self):
+        return ["low", "high"], None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is functional.linear:
+            x, weight, bias = args
+            return functional.linear(x, torch.cat([weight.low, weight.high]), bias)
+        return super().__torch_function__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.ops.aten.detach.default  # by nn.Parameter
+        return cls(args[0].low, args[0].high)
+
+
 def patched(n_in, n_out):
     projection = nn.Linear(n_in, n_out)
     forward = projection.forward
@@ -162,12 +201,16 @@ def patched(n_in, n_out):
     return projection
 
 
-@pytest.mark.parametrize("projection", [LowRank, without_bias, pruned, hooked, patched])
+@pytest.mark.parametrize(
+    "projection",
+    [LowRank, without_bias, pruned, hooked, hooked_backward, prepared_backward, patched],
+)
 def test_projections_that_do_more_than_their_weight_says_are_called(projection, monkeypatch):
     logged = []
     monkeypatch.setattr(layers, "log_once", logged.append)
     c_fc, c_proj = projection(WIDTH, 2 * WIDTH).to(DEVICE), projection(2 * WIDTH, WIDTH).to(DEVICE)
-    x, ffn = torch.randn(3, WIDTH, device=DEVICE), GeluFFN(WIDTH, c_fc=c_fc, c_proj=c_proj)
+    x = torch.randn(3, WIDTH, device=DEVICE, requires_grad=True)
+    ffn = GeluFFN(WIDTH, c_fc=c_fc, c_proj=c_proj)
     for _ in range(2):  # what a hook prepares is for one update
         ffn(x).sum().backward()
     assert all(message.startswith("gelu_ffn: not fused: ") for message in logged)
@@ -180,6 +223,23 @@ def test_projections_that_do_more_than_their_weight_says_are_called(projection, 
     torch.testing.assert_close(actual, [p.grad for p in ffn.parameters()])
     with pytest.raises(ValueError, match="add_bias: False, expected"):
         ffn(x, add_bias=False)
+
+
+def test_projections_whose_weight_holds_others_are_called():
+    c_fc, c_proj = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+    ffn = GeluFFN(WIDTH, c_fc=c_fc, c_proj=c_proj).to(DEVICE)
+    x = torch.randn(3, WIDTH, device=DEVICE)
+    expected = ffn(x)
+    for projection in (c_fc, c_proj):
+        projection.weight = nn.Parameter(Halves(*projection.weight.detach().chunk(2)), False)
+    torch.testing.assert_close(ffn(x), expected)
+
+
+def test_a_share_of_the_projection_is_refused():
+    """As of a `ColwiseParallel` c_attn: there would be as many heads, of another size."""
+    attention = CausalSelfAttention(WIDTH, HEADS, c_attn=nn.Linear(WIDTH, 3 * WIDTH // 2))
+    with pytest.raises(ValueError, match="c_attn: width 72, expected 3 · 48"):
+        attention.to(DEVICE)(torch.randn(2, 5, WIDTH, device=DEVICE))
 
 
 def test_heads_must_divide_the_width():

@@ -30,13 +30,27 @@ def define(op: str, schema: str, fake: Callable) -> Callable:
         *args, backend = args
         raise_recorded()
         count_launch(backend, name)
-        return kernel(backend, op, name)(*args)
+        run = kernel(backend, op, name)
+        return _ForwardOnly.apply(name, run, *args) if torch.is_grad_enabled() else run(*args)
 
     LIBRARY.define(schema)
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, device)
     torch.library.register_fake(f"gpt1_kernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.gpt1_kernels, name).default
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """An op outside its own Function, as in an exported program: it has no backward there."""
+
+    @staticmethod
+    def forward(ctx, name, run, *args):
+        ctx.name = name
+        return run(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.name}: an exported program has no backward; train the module")
 
 
 def apply(function: type[torch.autograd.Function], *args):
@@ -70,12 +84,19 @@ def once(op: str) -> None:
         raise RuntimeError(f"{op} has no double backward: its backward ran under create_graph=True")
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The autocast dtype of the tensor's device, or None if autocast is off there."""
+    device = tensor.device.type
+    # There is none for the meta device, and PyTorch raises where it is asked.
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Casts tensors to the autocast dtype of the first one's device, if autocast is on there."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t is not None and t.dtype in ACTIVATION_DTYPES else t for t in tensors]
 
 

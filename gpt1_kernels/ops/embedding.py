@@ -12,6 +12,7 @@ from torch import Tensor
 from gpt1_kernels.backends import resolve
 from gpt1_kernels.ops._library import (
     apart,
+    autocast_dtype,
     check_activation,
     check_device,
     check_dropout,
@@ -144,11 +145,9 @@ def embedding(
         if tensor is not None:
             check_device(op, name, tensor, w_token)
     check_dropout(op, dropout_p, seed, row_offset + ids.shape[0] * ids.shape[1], w_token)
-    device = w_token.device.type
-    autocasting = torch.is_autocast_enabled(device)
     return _Embedding.apply(
         ids, *apart(w_token.contiguous(), w_position.contiguous()), position_ids, token_type_ids,
         last_contiguous(seed) if dropout_p > 0.0 else None, dropout_p, row_offset,
-        torch.get_autocast_dtype(device) if autocasting else w_token.dtype,
+        autocast_dtype(w_token) or w_token.dtype,
         resolve(op, w_token, width=w_token.shape[1]),
     )  # fmt: skip

@@ -208,7 +208,7 @@ def dropout_add_layer_norm(
     _check_parameters(op, x, w, b)
     if x_bias is not None:
         check_parameter(op, "x_bias", x_bias, x, x.shape[-1:])
-    check_dropout(op, dropout_p, seed, row_offset + x.shape[:-1].numel(), x)
+    check_dropout(op, dropout_p, seed, row_offset + prod(x.shape[:-1]), x)
     return apply(
         _DropoutAddLayerNorm, x, residual, w, b, x_bias,
         seed if dropout_p > 0.0 else None, eps, dropout_p, row_offset, fork,

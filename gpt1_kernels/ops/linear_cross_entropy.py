@@ -11,6 +11,8 @@ backward by the upstream gradient (and 1 / Σ m); for "none", backward recompute
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.ops._library import (
     apply,
     autocast,
+    autocast_dtype,
     check_activation,
     check_device,
     check_dtype,
@@ -123,7 +126,7 @@ class _TokenLosses(torch.autograd.Function):
 
 def _rows(h: Tensor) -> Tensor:
     """(..., C) as (N, C): in a Function, where autograd makes no node of it."""
-    return last_contiguous(h.reshape(h.shape[:-1].numel(), h.shape[-1]))
+    return last_contiguous(h.reshape(prod(h.shape[:-1]), h.shape[-1]))
 
 
 def linear_cross_entropy(
@@ -157,8 +160,7 @@ def linear_cross_entropy(
     check_activation(op, "h", h)
     if h.dim() == 0:
         raise ValueError(f"{op}: h has shape (), expected (..., C)")
-    autocasting = torch.is_autocast_enabled(h.device.type)
-    check_dtype(op, "w", w, ACTIVATION_DTYPES if autocasting else (h.dtype,))
+    check_dtype(op, "w", w, (h.dtype,) if autocast_dtype(h) is None else ACTIVATION_DTYPES)
     check_shape(op, "w", w, ("V", h.shape[-1]))
     check_device(op, "w", w, h)
     check_dtype(op, "targets", targets, (torch.int64,))

@@ -26,7 +26,9 @@ def gelu_ffn_fwd(
     pre, hidden = (
         t if saved else x.new_empty(0) for t, saved in zip((pre, hidden), save, strict=True)
     )
-    return y.view(*x.shape[:-1], w_proj.shape[1]), pre, hidden
+    # Not a view to autograd, which refuses to change one in place that a Function has made.
+    y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], w_proj.shape[1]])
+    return y, pre, hidden
 
 
 def gelu_ffn_bwd(
