@@ -1,7 +1,7 @@
-"""Runs a program that hands over JSON lines, for a limited time; what it had found by then counts.
+"""Runs a program in a process of its own, for a limited time; the JSON lines it wrote count.
 
-A kernel that fails spoils the GPU for its whole process, and one that hangs never comes back: what
-must not take the rest along runs in a process of its own.
+A kernel that fails makes the GPU unusable for its whole process, and one that hangs never returns:
+what must not take the rest down runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ class Outcome:
 
 
 def end_with_parent() -> None:
-    """Has this process killed once the one that started it is no more, however that ended.
+    """Has this process killed when its parent ends, however that ends. Only on Linux.
 
-    What runs apart would go on otherwise, beside whatever is timed on the machine next. Linux alone
-    has this.
+    Otherwise it would run on beside whatever is timed on the machine next.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -23,7 +23,7 @@ class Ceilings:
     """FLOPs a second."""
 
     def seconds(self, floor: Floor) -> float:
-        """The time that nothing can beat which moves these bytes and does these FLOPs."""
+        """The least time in which these bytes can be moved and these FLOPs done (roofline)."""
         return max(floor.bytes / self.bandwidth, floor.flops / self.rate)
 
 

@@ -16,7 +16,7 @@ from benchmarks.timing import Timing, peak_memory, samples
 from gpt1_kernels.numerics import CAPS, assert_close, error
 
 PEER_FACTOR = 10
-"""A peer may be less exact than ours have to be: by so many caps of `numerics`, on the whole."""
+"""A peer's error on the whole tensor may be so many times the cap of `numerics`."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def compare(
     case: Case, candidates: Sequence[Implementation], device: str, dtype: torch.dtype, rounds: int
 ) -> Comparison:
     """Checks implementations of a case, and times those that are right, and the yardstick."""
-    torch.compiler.reset()  # it compiles a function for a handful of shapes, then no more
-    # What else would let a compiled backward overwrite what it saved, and run but once.
+    torch.compiler.reset()  # else it stops compiling a function after a handful of shapes
+    # Else a compiled backward may overwrite what was saved for it, and can run only once.
     torch._functorch.config.donated_buffer = False
     tensors = draw(case, device, dtype)
     check, right, problems, failures = Check(case, tensors), {}, {}, {}

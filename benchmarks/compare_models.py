@@ -25,7 +25,7 @@ from gpt1_kernels import GPT1Config, reference
 PASSES = ("forward", "model", "step")
 PRODUCTS = "bare products"
 ROOM = {"cuda": 1 << 30, "cpu": 0}
-"""Bytes that a side has to leave by device type, for what is allocated between its runs."""
+"""By device type, the bytes that a side must leave free for what is allocated between its runs."""
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-3}
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Of the vector of all gradients."""

@@ -1,4 +1,4 @@
-"""How many programs of a kernel a processor holds at once (CUDA Programming Guide)."""
+"""Occupancy: how many programs a multiprocessor holds at once (CUDA Programming Guide)."""
 
 from __future__ import annotations
 

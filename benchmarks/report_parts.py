@@ -197,9 +197,9 @@ def parity(plan: Plan, emit: Emit) -> None:
 
 
 def rehearse(*names: str) -> Callable[[Plan, Emit], None]:
-    """A part: goes through others once, so that what they compile is on disk before they time it.
+    """A part: runs others once, so that what they compile is cached on disk before they are timed.
 
-    Of the whole updates only those that compile for long, and one that fits beside them.
+    Of the whole updates, only those that compile for long, and one that fits beside them.
     """
 
     def part(plan: Plan, emit: Emit) -> None:

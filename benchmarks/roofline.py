@@ -1,10 +1,9 @@
-"""The floors: bytes that an op cannot but move, and floating-point operations it cannot but do.
+"""The floors of a roofline: the bytes that an op must move, and the FLOPs that it must do.
 
 Bytes: every input is read once and every output written once, what is saved for backward included;
-so are bitmaps of dropout, and partial sums of a reduction over rows, which are written and read.
-Memory moves whole sectors of 32 bytes. FLOPs: two for each multiply-add of a matrix product, the
-causal half of one where half is masked; element-wise arithmetic hides behind the bytes and counts
-nothing.
+so are bitmaps of dropout; the partial sums of a reduction over rows are written and read. Memory
+moves whole sectors of 32 bytes. FLOPs: two for each multiply-add of a matrix product, half of them
+where the causal mask hides half; element-wise arithmetic hides behind the bytes and does not count.
 
 Sizes are named as in the ops: B batch, T positions, H heads, D head size, N = B · T rows, C width,
 F hidden width, V vocabulary, P positions in the table; `s` and `p` are the bytes of an element of
@@ -119,7 +118,7 @@ def linear_cross_entropy_fwd(N: int, C: int, V: int, s: int) -> Floor:
 def model_flops(tokens: int, T: int, C: int, V: int, layers: int) -> int:
     """FLOPs of a language model's forward and backward pass, by which its utilisation is measured.
 
-    Nothing is counted twice: attention's backward has four products, S is not computed again.
+    Recomputation does not count: attention's backward has four products, without that of S.
     """
     linear = 12 * C * C * layers + C * V
     return tokens * (6 * linear + 6 * T * C * layers)

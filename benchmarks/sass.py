@@ -1,4 +1,4 @@
-"""What a disassembled kernel says about itself: its loops, accesses to memory and matrix units.
+"""What SASS, the machine code, says of a kernel: its loops, memory accesses, use of tensor cores.
 
 `text` is everywhere what `disassembled` returns of one kernel.
 """
@@ -27,7 +27,7 @@ _MATRIX_UNITS = ("HMMA", "HGMMA", "UTCHMMA", "UTCHMMA2")
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 BULK_BYTES = 64
-"""A bulk copy does not say how much it moves: 8 KB, one tile, shared by the 128 threads of it."""
+"""Of a TMA copy, which does not say its size: taken as a tile of 8 KB over 128 threads."""
 
 
 def machine_code(cubin: bytes) -> Iterator[tuple[str, bytes]]:
@@ -108,9 +108,9 @@ def wide_share(accesses: list[int]) -> float:
 def main_loop(text: str) -> int:
     """Instructions of the loop with most of the kernel's work in it.
 
-    It is the shortest with half of the products on the matrix units that loops hold: a loop over
-    masked tiles has as many as the one over the others, and does more besides. Without products it
-    is the longest loop that holds no other; without loops the whole kernel.
+    It is the shortest loop with at least half as many tensor-core instructions as the loop with
+    most: a loop over masked tiles has as many as the one over the others, and does more besides.
+    Without such instructions it is the longest innermost loop; without loops, the whole kernel.
     """
     instructions = _instructions(text)
     loops = {

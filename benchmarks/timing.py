@@ -4,10 +4,10 @@ Rounds of all functions alternate, so that they meet the same machine. On a GPU 
 
     busy device · read 4 × L2 · event · function · event
 
-The busy device gives the host the time to launch the whole function before the first event is
-reached: what is measured is the device's work without the gaps between launches. Reading throws
-the inputs out of the cache, and what earlier rounds wrote with them, and leaves nothing behind
-that the function would have to write back.
+While the device is kept busy, the host launches the whole function before the first event is
+reached: what is measured is the device's work without the gaps between launches. The read evicts
+from L2 the inputs and what earlier rounds wrote, and leaves nothing dirty that the function would
+have to write back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The launchers as Python functions, which take tensors, and a stream as (device, handle).
+// The launchers as Python functions, which take tensors, and a stream as (device, stream).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

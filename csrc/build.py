@@ -84,7 +84,7 @@ class BuildAfresh(build):
 
 
 class BuildWithNinja(build_ext):
-    """Builds a module in its folder, which is kept: the next build does what has changed."""
+    """Builds a module in its folder, which is kept: the next build compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]
@@ -169,7 +169,7 @@ def find_nvcc() -> str | None:
 
 
 def _site_folders() -> list[Path]:
-    """Where packages lie; under pip's build isolation sys.path is without the environment's own."""
+    """Where packages lie; under pip's build isolation, sys.path lacks the environment's own."""
     installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     return [Path(folder) for folder in [*sys.path, *installed, site.getusersitepackages()]]
 
@@ -205,7 +205,7 @@ def architecture_flags(capabilities: str) -> str:
 
 
 def parallel_jobs() -> int:
-    """MAX_JOBS, or as many as there are free cores and memory for."""
+    """MAX_JOBS, or one per core, but at most one per 3 GiB of free memory."""
     if jobs := os.environ.get("MAX_JOBS"):
         return int(jobs)
     memory = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024

@@ -1,9 +1,9 @@
 """Attention's dropout bits, drawn on a stream beside the one that computes.
 
-Drawing is integer arithmetic, and what runs meanwhile is bound by memory or the matrix units. Until
-backward the bits of all layers are in memory in any case, 25 MB a layer at GPT-1's shape (of
-which 13.4, the causal half, are read). That does not hold for blocks that backward recomputes:
-those draw their own.
+Drawing is integer arithmetic, and what runs meanwhile is bound by memory or the tensor cores. It
+costs no memory, since the bits of all layers are kept until backward in any case: 25 MB a layer at
+GPT-1's shape, of which 13.4, the causal half, are read. Blocks that backward recomputes keep
+none, and draw their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpt1_kernels.ops import dropout_mask
 
 
 def draws_ahead(seed: Tensor) -> bool:
-    """Whether there are streams: on a GPU, and not in a graph of the compiler's."""
+    """Whether a second stream can be used: on a GPU, and not under torch.compile."""
     return seed.is_cuda and not torch.compiler.is_compiling()
 
 
@@ -27,8 +27,7 @@ def draw_ahead(
 ) -> Iterator[Tensor]:
     """The bits of one attention after the other; the drawing begins with the call.
 
-    The current stream is told to wait for those that are asked for. That holds in a CUDA graph that
-    is captured on it, too.
+    The current stream waits for each result as it is taken, also in a CUDA graph that captures it.
 
     Args:
         seeds: int64 (2,) of each attention.
@@ -42,7 +41,7 @@ def draw_ahead(
     with torch.cuda.stream(beside):
         for seed in seeds:
             bits = dropout_mask(seed, shape, p, row_offset=row_offset * shape[1], causal=True)
-            bits.record_stream(here)  # or their memory would be drawn to again before it is read
+            bits.record_stream(here)  # else their memory might be reused before it is read
             drawn.append((bits, beside.record_event()))
     return _waited_for(drawn, here)
 

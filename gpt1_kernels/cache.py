@@ -9,8 +9,8 @@ class LayerCache:
     """Keys and values of one layer.
 
     Args:
-        capacity: n, the most positions that it can hold. The storage, (B, n, H, D) twice, takes
-            dtype and device of the first keys.
+        capacity: n, the most positions that it can hold. The storage, two of (B, n, H, D), has the
+            dtype and the device of the first keys and values.
     """
 
     def __init__(self, capacity: int):

@@ -79,7 +79,7 @@ class GPT1Config:
         return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
 
     def get_text_config(self, **_: Any) -> GPT1Config:
-        """Itself: where the Trainer of `transformers` keeps special tokens."""
+        """Itself: the Trainer of `transformers` sets special tokens on what this returns."""
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def _bpe(vocabulary: Path, merges: Path) -> Tokenizer:
 
 
 def _layout(config: GPT1Config) -> dict[str, list[int]]:
-    """Names and shapes of the released arrays; a product is a convolution of length 1."""
+    """Names and shapes of the released arrays; a linear layer is a convolution of width 1 there."""
     c = config.n_embd
     layer = {
         "attn.c_attn.weight": [1, c, 3 * c],

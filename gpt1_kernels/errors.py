@@ -16,7 +16,7 @@ class ErrorRecord:
     def __init__(self, device: torch.device):
         self.device = device
         pinned = device.type == "cuda"
-        with torch.inference_mode(False):  # or no other mode could write to it
+        with torch.inference_mode(False):  # an inference tensor is read-only outside that mode
             self.host = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._values = self.host.numpy()  # the same memory, read at every op call
 
@@ -38,8 +38,8 @@ class ErrorRecord:
         if self._values[0] == 0:
             return None
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # while another thread may take it
-        recorded, value = self._values.tolist()
+            torch.cuda.synchronize(self.device)  # kernels may set the flag before they write the id
+        recorded, value = self._values.tolist()  # again: another thread may have taken it
         self._values[:] = 0
         return value if recorded else None
 
@@ -56,8 +56,8 @@ def error_record(op: str, bound: int, device: torch.device) -> ErrorRecord:
 
 
 def raise_recorded() -> None:
-    """Raises IndexError if a kernel that has finished met an id out of range; does not wait."""
-    for (op, bound, device), record in list(_records.items()):  # backward has threads of its own
+    """Raises IndexError if a kernel has recorded an id out of range; else does not wait."""
+    for (op, bound, device), record in list(_records.items()):  # a copy: backward's threads add
         value = record.take()
         if value is not None:
             raise IndexError(f"{op}: id {value} is out of range [0, {bound}) on {device}")

@@ -1,4 +1,4 @@
-"""The fused layers, for GPT-1 and for other people's models."""
+"""The fused layers, for GPT-1 and for other models."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class LinearCrossEntropyLoss(nn.Module):
 
 
 def _is_affine(projection: nn.Module) -> bool:
-    """Whether its weight and bias say all that it does; LoRA, pruning and quantisation do more."""
+    """Whether it is x W + b and nothing more, unlike with LoRA, pruning or quantisation."""
     forwards = (Conv1D.forward, nn.Linear.forward)
     replaced = "forward" in projection.__dict__ or type(projection).forward not in forwards
     return not (

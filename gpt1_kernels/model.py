@@ -82,7 +82,7 @@ def _unflatten(values: Iterable[Any], keys: tuple) -> ModelOutput:
     return ModelOutput(zip(keys, values, strict=True))
 
 
-# Where DDP(static_graph=True), torch.export and others look for tensors in an output.
+# So that DDP(static_graph=True), torch.export and others find the tensors in an output.
 pytree.register_pytree_node(
     ModelOutput, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="gpt1_kernels.ModelOutput",
@@ -239,7 +239,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
         if mask is not None:
             h = torch.where(mask.unsqueeze(-1), h, 0)
         states, residual = [h], h
-        fork = not output_hidden_states  # half of their gradient would be their forks'
+        fork = not output_hidden_states  # else a state would get only its own half of the gradient
         layers = [None] * len(self.h) if cache is None else cache.layers
         for block, layer, keep_bits in zip(self.h, layers, bits, strict=True):
             if self.gradient_checkpointing and self.training:
@@ -252,7 +252,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
                     h, residual, seeds, row_offset, first_key, layer, keep_bits, fork
                 )
             states.append(h)
-        if len(shape) != 2:  # else they stay what blocks read, and one can differentiate by them
+        if len(shape) != 2:  # else they stay the blocks' own tensors, which have gradients
             h, *states = (s.view(*shape, s.shape[-1]) for s in (h, *states))
         output = ModelOutput(
             last_hidden_state=h, hidden_states=tuple(states) if output_hidden_states else None
@@ -295,7 +295,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
     ) -> Iterable[Tensor | None]:
         """The dropout bits of each attention on (..., T) tokens, or None where it draws its own."""
         p, layers = self.config.attn_pdrop, range(len(self.h))
-        # A checkpointed block would keep them where it keeps nothing but its input.
+        # Drawn ahead, they would be kept for a block that is to keep nothing but its input.
         recomputed = self.gradient_checkpointing and self.training
         if seeds is None or p == 0.0 or recomputed or not draws_ahead(seeds):
             return [None for _ in layers]
@@ -325,7 +325,7 @@ class _Headed(nn.Module, PretrainedMixin):
     """What all models with a head share."""
 
     accepts_loss_kwargs = False
-    """To the Trainer of `transformers`: the mean loss of a micro-batch knows of no others."""
+    """Tells the Trainer of `transformers` that the loss is a mean over its own micro-batch."""
 
     backbone_class: type[GPT1Model] = GPT1Model
 
@@ -367,7 +367,7 @@ class GPT1LMHeadModel(_Headed, GenerationMixin):
     """GPT-1 with its language-model head, tied to the token table."""
 
     def _get_name(self) -> str:
-        """By this name the Trainer of `transformers` knows a model that shifts its labels."""
+        """By this name, the Trainer of `transformers` knows that the model shifts its labels."""
         return self._architecture
 
     def forward(

@@ -1,4 +1,4 @@
-"""Tolerances, error metrics and the dtype policy: the only place where they are written."""
+"""Error metrics, the tolerances of the parity tests, and the dtypes of activations."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def assert_close(
 ) -> None:
     """Raises AssertionError unless `actual` passes the rule.
 
-    What PyTorch loses in a single number may be next to nothing by luck: there the cap decides.
+    On a single number PyTorch's error may be tiny by luck: there the cap decides.
 
     Args:
         plain: what PyTorch gives in the same dtype.

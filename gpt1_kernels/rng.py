@@ -56,7 +56,7 @@ def philox4x32(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # int64 products wrap, which leaves all 64 bits right; the mask undoes the sign extension.
+        # int64 products wrap, so all 64 bits are right; the mask undoes the shift's sign extension.
         even, odd = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c2 = (odd >> 32 & _WORD) ^ c1 ^ k0, (even >> 32 & _WORD) ^ c3 ^ k1
         c1, c3 = odd & _WORD, even & _WORD

@@ -17,7 +17,7 @@ class _CastTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtypes = [t.dtype for t in tensors]
-        ctx.set_materialize_grads(False)  # of what no product has used
+        ctx.set_materialize_grads(False)  # None, not zeros, for what no product has used
         needs = ctx.needs_input_grad[1:]
         cast = _cast(tensors, [dtype] * len(tensors))
         ctx.mark_non_differentiable(*(t for t, need in zip(cast, needs, strict=True) if not need))
@@ -42,7 +42,7 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, the products of every `Conv1D` read weights that were cast once, in one call.
 
     The results are those of autocast, bit for bit: gradients are cast back at each backward, and
-    summed in the parameters' dtype. To be left before the parameters change.
+    summed in the parameters' dtype. Leave the context before the parameters change.
 
     Args:
         model: whatever contains the modules.

@@ -1,4 +1,4 @@
-"""Checkpoints that survive anything: folders written beside, synced, renamed, and verified.
+"""Checkpoints that survive interruptions: written under another name, synced, renamed, verified.
 
     <run>/checkpoints/step-00001500/
         model.safetensors  config.json       opens with from_pretrained, here and in transformers
@@ -159,7 +159,7 @@ class CheckpointWriter:
             (partial / MANIFEST).write_text(text, encoding="utf-8")
             for path in (*partial.iterdir(), partial):
                 sync(path)
-            if target.exists():  # refused by `newest`, or it would not be written again
+            if target.exists():  # it was refused by `newest`, else it would not be written again
                 _remove(target)
             partial.rename(target)
             sync(self.folder)

@@ -61,9 +61,9 @@ class Comparison:
     training: dict[str, Compared]
     """The same on examples that were trained on."""
     full_against: dict[str, Compared]
-    """What the full one is above each other, seed by seed, against 0."""
+    """The full variant's score minus each other one's, seed by seed, against 0."""
     paper: dict[str, float]
-    """What it has of them."""
+    """The paper's scores of those that it has."""
 
 
 def compare(

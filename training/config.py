@@ -44,7 +44,8 @@ class PretrainConfig:
     """Folder for everything that the run writes. Default: runs/<preset>-N, a new one."""
     resume: str = "auto"
     """auto: from the newest checkpoint in --out, if there is one; never: --out must be new or
-    empty; or, where --out has none, a checkpoint, or a run to take the newest from."""
+    empty. Or the path of a checkpoint, or of a run for its newest one, to start from where --out
+    has none."""
     steps: int | None = None
     """Optimizer updates."""
     batch_size: int | None = None
@@ -52,14 +53,14 @@ class PretrainConfig:
     accumulate: int = 1
     """Micro-batches that an update is split into; the result is that of the whole batch."""
     vocab_size: int | None = None
-    """Entries of the vocabulary that is trained on the text, which must support as many. Default:
-    the preset's, or as many as the text supports."""
+    """Size of the vocabulary to train; an error if the text supports fewer entries. Default: the
+    preset's, or as many as the text supports."""
     learning_rate: float | None = None
     """Peak learning rate."""
     warmup: int | None = None
     """Updates until the peak. Default: the paper's 2000, but at most a quarter of the run."""
     weight_decay: float = 0.01
-    """Decoupled L2 on tensors of two or more dimensions."""
+    """Decoupled weight decay, on tensors of two or more dimensions."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     eval_every: int | None = None
@@ -71,8 +72,8 @@ class PretrainConfig:
     keep: int = 2
     """How many of the newest checkpoints stay; 0 keeps all."""
     max_skipped: int = 10
-    """Updates in a row with a loss or gradient that is not finite, each of which is skipped: so
-    many at a line of the log stop the run."""
+    """An update whose loss or gradient is not finite is skipped; so many in a row, at a line of the
+    log, stop the run."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: a GPU where there is one."""
     seed: int = 0
@@ -93,7 +94,7 @@ PRESETS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PAPER_WARMUP = 2000
-WARMUP_SHARE = 0.25  # of a short run: with less, a post-LN model stays at the unigram's loss
+WARMUP_SHARE = 0.25  # of a short run; with less, a post-LN model gets no lower than the unigram
 
 
 def complete(config: PretrainConfig) -> PretrainConfig:

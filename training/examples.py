@@ -105,7 +105,7 @@ class TaskData:
     validation: list[Example]
     test: list[Example]
     notes: tuple[str, ...] = ()
-    """Whence the validation examples are, if not from a file, and why rows were left out."""
+    """Where the validation examples come from, if not a file, and why rows were left out."""
     held_out: bool = False
     """Whether the validation examples are training examples held out."""
 
@@ -113,8 +113,8 @@ class TaskData:
 def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> TaskData:
     """Reads a task's files, in whichever of its forms they are.
 
-    Where no file validates, a tenth of the training rows does, always the same, so that no first
-    text (premise, passage) is on both sides; for Story Cloze it is the released code's split.
+    Without a validation file, a tenth of the training rows is held out, always the same, so that no
+    first text (premise, passage) is on both sides; for Story Cloze it is the released code's split.
 
     Args:
         folder: with the task's files; None for the Hugging Face data set of the task.

@@ -154,7 +154,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
             epoch_ends, save_due = done % epoch == 0, done % checkpoint_every == 0 or done == total
 
             if step % LOG_EVERY == 0 or epoch_ends or save_due or stop.received:
-                total_skipped, in_a_row, last = skipped.counts()  # waits: the clock is right
+                total_skipped, in_a_row, last = skipped.counts()  # synchronises, for the clock
                 if in_a_row >= config.max_skipped:
                     raise FloatingPointError(
                         f"updates {last - in_a_row + 1} to {last} skipped, loss or gradient not "

@@ -46,7 +46,8 @@ class FinetuneConfig:
     """Folder for everything that the run writes. Default: runs/<task>-N, a new one."""
     resume: str = "auto"
     """auto: from the newest checkpoint in --out, if there is one; never: --out must be new or
-    empty; or, where --out has none, a checkpoint, or a run to take the newest from."""
+    empty. Or the path of a checkpoint, or of a run for its newest one, to start from where --out
+    has none."""
     epochs: int = 3
     """Passes over the training examples. The model after the best one is kept: by the task's first
     score over all validation examples, those of both subsets of MNLI and RACE together."""
@@ -63,14 +64,14 @@ class FinetuneConfig:
     classifier_dropout: float = 0.1
     """Before the linear layer of the head."""
     weight_decay: float = 0.01
-    """Decoupled L2 on tensors of two or more dimensions."""
+    """Decoupled weight decay, on tensors of two or more dimensions."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     truncation: Annotated[
         Literal["longest", "released"], tyro.conf.arg(metavar="{longest,released}")
     ] = "longest"
-    """Of what is longer than the model's positions: the longest part first, or every segment to
-    half of them, as the released code does."""
+    """How to cut what is longer than the model's positions: the longest part first, or every
+    segment to half of the positions, as the released code does."""
     seed: int = 0
     """Of new weights, dropout and the order of the examples."""
     seeds: int = 1
@@ -80,8 +81,8 @@ class FinetuneConfig:
     keep: int = 1
     """How many of the newest checkpoints stay; 0 keeps all. The best epoch's model always does."""
     max_skipped: int = 10
-    """Updates in a row with a loss or gradient that is not finite: so many at a line of the log
-    stop the run."""
+    """An update whose loss or gradient is not finite is skipped; so many in a row, at a line of the
+    log, stop the run."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: a GPU where there is one."""
     backend: str = "auto"

@@ -1,6 +1,6 @@
 """Continues text: `python training/generate.py --model RUN --prompt "..."`, or `--help`.
 
-Without a prompt it is a conversation: every line that is typed is continued, until the input ends.
+Without a prompt it continues every line that is typed, each on its own, until the input ends.
 """
 
 from __future__ import annotations

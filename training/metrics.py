@@ -154,7 +154,7 @@ def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
 
 def flops_per_token(model: GPT1LMHeadModel) -> float:
     """Matrix arithmetic of forward and backward: 6 a weight, and the causal half of attention."""
-    positions = model.transformer.positions_embed.weight  # are looked up, not multiplied
+    positions = model.transformer.positions_embed.weight  # looked up, not multiplied
     weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2) - positions.numel()
     layers = sum(isinstance(module, CausalSelfAttention) for module in model.modules())
     return 6 * weights + 6 * layers * positions.numel()

@@ -146,7 +146,7 @@ def main(config: PretrainConfig) -> None:
             }
 
             if step % LOG_EVERY == 0 or any(due.values()) or stop.received:
-                total_skipped, in_a_row, last = skipped.counts()  # waits: the clock is right
+                total_skipped, in_a_row, last = skipped.counts()  # synchronises, for the clock
                 if in_a_row >= config.max_skipped:
                     raise FloatingPointError(
                         f"updates {last - in_a_row + 1} to {last} skipped, loss or gradient not "

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 CHECKPOINTS, CONFIG, RESULT = "checkpoints", "config.json", "result.json"
 LOGS = ("metrics.jsonl", "samples.txt")
 
-# What may change when a run goes on: how it runs and is watched, not what it computes. Where text
-# and weights lie is free too, for their digests are part of the identity.
+# What may change when a run is resumed: how it runs and is watched, not what it computes. The paths
+# of text and weights may change too, for the digests of their content are part of the identity.
 FREE = {
     "out", "resume", "data", "tokenizer", "text_column", "sentence_shuffled", "device", "backend",
     "compile", "cuda_graph", "accumulate", "eval_every", "sample_every", "checkpoint_every", "keep",
@@ -63,7 +63,7 @@ def next_folder(name: str) -> Path:
 
 
 def usable(folder: Path) -> Path:
-    """Creates a folder, or sees that it can be written to.
+    """Creates a folder where there is none, and checks that it can be written to.
 
     Raises:
         NotADirectoryError: it, or a folder above it, is a file.
@@ -116,7 +116,7 @@ def require_rest(checkpoint: Checkpoint, out: Path, steps: int) -> None:
 
 
 def cut_logs(out: Path, start: Checkpoint | None) -> None:
-    """Takes from the logs what was written after the start of a run, and is about to be again."""
+    """Cuts from the logs what was written after this start, and is about to be written again."""
     sizes = start.state["log_sizes"] if start is not None and is_own(start, out) else {}
     for name in LOGS:
         file, size = out / name, sizes.get(name, 0)
@@ -139,7 +139,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def write_json(file: Path, values: Mapping[str, Any] | list) -> None:
-    """Writes values beside and renames it, so that the file is whole or as it was.
+    """Writes under another name and renames, so that the file is whole or as it was.
 
     Raises:
         OSError: it cannot be written; names it, also where the disk is full.

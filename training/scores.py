@@ -53,7 +53,7 @@ def evaluate(task: Task, examples: Sequence[Example], predictions: np.ndarray) -
 
 
 def baseline(task: Task, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, float]:
-    """What no reader of the text needs: the commonest class, the mean score, or guessing."""
+    """The scores without reading the text: the most frequent class, the mean score, or guessing."""
     if task.kind == "choice":
         return {"accuracy": float(np.mean([1 / len(example.answers) for example in examples]))}
     labels = np.array([example.label for example in train])
@@ -70,7 +70,7 @@ class Spread:
     high: float
     mean: float
     interval: tuple[float, float]
-    """Of the mean, 95 %, by Student's t: the whole line for a single seed."""
+    """The 95 % confidence interval of the mean, by Student's t; infinite for a single seed."""
 
 
 def spread(results: Sequence[Mapping[str, float]]) -> dict[str, Spread]:

@@ -1,4 +1,4 @@
-"""An update as a function of memory on the device alone, which a CUDA graph can make again."""
+"""An update that reads nothing but device memory, so that a CUDA graph can replay it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ WARM_UP = 3
 class StaticStep:
     """`train_step` on tensors that stay where they are.
 
-    What changes from update to update, the batch, the number of the update, which selects the
-    dropout bits, and the learning rate, is copied into them. `update` reads nothing else from the
-    host, and the host waits for nothing.
+    What changes from update to update is copied into them: the batch, the learning rate, and the
+    number of the update, which selects the dropout bits. `update` reads nothing else from the host,
+    and the host waits for nothing.
 
     Args:
         optimizer: a fused one.
@@ -40,7 +40,7 @@ class StaticStep:
         device = dropout_stream.key.device
         self.input_ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
-        # AdamW's kernel for a GPU reads an fp32 rate; on a CPU an fp64 one is a Python float.
+        # AdamW's GPU kernel reads an fp32 rate; on a CPU fp64 keeps all bits of the Python float.
         precision = torch.float64 if device.type == "cpu" else torch.float32
         self.learning_rate = torch.zeros((), dtype=precision, device=device)
 
@@ -65,7 +65,7 @@ class StaticStep:
 class CapturedStep(StaticStep):
     """A `StaticStep` on a GPU that is captured as a CUDA graph once, and replayed.
 
-    The first updates run as they are, on the stream of the capture: they compile kernels, and make
+    The first updates run eagerly on the stream of the capture: they compile kernels, and allocate
     the optimizer's state and whatever else lasts. The next one is captured, which does not run it,
     and then replayed, as are all later ones.
     """
@@ -88,16 +88,16 @@ class CapturedStep(StaticStep):
         else:
             if self.graph is None:
                 self._capture()
-            raise_recorded()  # what the update before found out; the ops' own checks are not run
+            raise_recorded()  # of the last update, since the ops' own checks are not replayed
             self.graph.replay()
             made = self.made
         return Update(*(x.clone() for x in made))  # the next update overwrites them
 
     def _capture(self) -> None:
-        check_errors()  # a capture cannot wait for what an op would ask about
+        check_errors()  # now, since an op in a capture cannot wait to raise
         for group in self.optimizer.param_groups:
             group["capturable"] = True
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             self.made = self.update()
-        self.graph = graph  # which one that failed is not
+        self.graph = graph  # only here: a capture that failed must not be replayed

@@ -1,4 +1,4 @@
-"""One update: forward → loss → backward → clip → optimizer → schedule."""
+"""One update: forward → loss → backward → clip → optimizer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
 def weights_in(model: nn.Module, dtype: str) -> contextlib.AbstractContextManager:
     """For bf16, the model's weights cast once for all that `autocast` runs inside.
 
-    Not on a CPU, which saves no launches by it: there each gradient is cast back beside its layer's
-    backward, and a layer's bf16 gradients take the memory of those of the one before.
+    Not on a CPU, where it would save no launches: there each gradient is cast back in its layer's
+    backward, and a layer's bf16 gradients reuse the memory of those of the layer before.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     if dtype == "fp32" or on_cpu:
@@ -105,7 +105,8 @@ def apply_losses(
         total += loss.detach()
     norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     finite = torch.isfinite(total + norm)
-    # What torch's GradScaler tells a fused optimizer, which divides gradients while it reads them.
+    # As torch's GradScaler does: a fused optimizer divides gradients by grad_scale as it reads
+    # them, and skips the update where found_inf is set.
     optimizer.grad_scale = ((norm + CLIP_EPS) / clip).clamp(min=1)
     optimizer.found_inf = (~finite).float()
     optimizer.step()

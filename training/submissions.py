@@ -44,8 +44,8 @@ def write(
     """Writes the task's submission, a file for each subset, and returns the files.
 
     Args:
-        predictions: (examples,), numbers of classes or answers, or scores, which are brought into
-            the task's range.
+        predictions: (examples,), numbers of classes or answers, or scores, which are clipped to the
+            task's range.
     """
     lines: dict[str, list[Line]] = {}
     for example, prediction in zip(examples, predictions, strict=True):

@@ -73,7 +73,7 @@ class Tokenizer:
         """
         self.style = style
         self._pipeline = pipeline
-        self._bpe = tokenizers.Tokenizer(pipeline.model)  # of words that are words already
+        self._bpe = tokenizers.Tokenizer(pipeline.model)  # for text already split into words
         self._words = _words(style)
         self._ids: dict[str, list[int]] = {}
 
@@ -135,7 +135,7 @@ class Tokenizer:
             if len(chunks) > MOST_CHUNKS:
                 _add(counts, chunks, words)
         _add(counts, chunks, words)
-        # Given in order, as the trainer's own order of them, and so its merges, vary between runs.
+        # Given in order: the trainer's own order of them, and so its merges, vary between runs.
         endings = sorted({word[-1] + END_OF_WORD for word in counts})
         learner = tokenizers.Tokenizer(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
@@ -283,7 +283,7 @@ def _add(counts: Counter, chunks: Counter, words: Callable) -> None:
 
 
 def _repeated(counts: Counter) -> Iterator[str]:
-    """Every word as often as it was counted, since that is how a trainer is told."""
+    """Every word as often as it was counted: a trainer takes text, not counts."""
     for word, count in counts.items():
         for start in range(0, count, MOST_REPEATS):
             yield f"{word} " * min(MOST_REPEATS, count - start)
@@ -311,7 +311,7 @@ def _model(pipeline: tokenizers.Tokenizer) -> dict:
 
 
 def _read_pipeline(file: Path) -> tokenizers.Tokenizer:
-    """Rebuilds the pipeline from vocabulary and merges, and takes no other for it."""
+    """Rebuilds the pipeline from vocabulary and merges, and refuses a file with another one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         model = content["model"]

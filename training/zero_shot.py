@@ -42,7 +42,7 @@ Encode = Callable[[str], Ids]
 
 @dataclass(frozen=True)
 class ZeroShotConfig:
-    """Asks every checkpoint of a pre-training run (keep them all with `--keep 0`)."""
+    """Evaluates every checkpoint of a pre-training run (keep them all with `--keep 0`)."""
 
     run: tyro.conf.Positional[Path]
     """Its folder."""
@@ -121,7 +121,7 @@ def main(config: ZeroShotConfig) -> None:
 def read_tasks(config: ZeroShotConfig) -> dict[str, dict[str, list[Example]]]:
     """By task: the examples to ask about, and for CoLA those that the threshold is chosen on.
 
-    Where no file validates, the others ask about all examples, for nothing is trained on any.
+    Without a validation file, the other tasks ask about all examples: none is trained on.
     """
     tasks = {}
     for name in ("cola", "sst2", "race"):

@@ -7,8 +7,8 @@
 namespace gpt1 {
 
 /// A block owns a head with up to 512 queries. It walks over tiles of keys and, for each, over the tiles
-/// of queries that see them, with five products a pair of tiles where two kernels need seven. dQ is
-/// summed in shared memory, where each of its numbers has one owner among the threads.
+/// of queries that see them: five products for each pair of tiles, where two kernels need seven. dQ is
+/// summed in shared memory, where one thread owns each of its elements.
 template <class T>
 struct AttentionBackward {
     struct Params : AttentionProblem {
@@ -212,7 +212,7 @@ private:
         }
     }
 
-    /// Where a thread keeps a fragment of a tile of dQ: it alone comes there.
+    /// Where a thread keeps its fragment of a tile of dQ, which no other thread touches.
     __device__ __forceinline__ static int place_of_dq(int start_m, int fragment) {
         return ((start_m / kQueries * kPart + fragment) * kThreads + thread_index()) * 4;
     }

@@ -5,8 +5,8 @@
 
 namespace gpt1 {
 
-/// The side of the keys: a warp owns 16 of a tile's, and all is transposed, so that P and dS are left
-/// operands, straight from registers. A thread's rows are keys, its columns queries.
+/// What a warp does for the 16 keys that it owns of a tile. All is transposed, so that P and dS are left
+/// operands, straight from registers: a thread's rows are keys, its columns queries.
 template <class T, int kD, int kKeys, int kQueries, int kThreads>
 struct AttentionKeySide {
     using KTile = Tile<T, kKeys, kD>;

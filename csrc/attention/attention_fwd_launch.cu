@@ -9,7 +9,7 @@ void causal_attention_fwd(HeadsArray q, HeadsArray k, HeadsArray v, Array keep_b
                           HeadsArray o, Array lse, AttentionSizes sizes, float scale, float keep_scale,
                           DType dtype, Stream stream) {
     const AttentionProblem problem(keep_bits, first_key, sizes, scale, keep_scale);
-    // Not 0, by which −∞ must not be multiplied.
+    // Not 0, since −∞ · 0 is NaN.
     const float log2_scale = std::fmax(std::fabs(scale) * kLog2E, FLT_MIN);
     dispatch_narrow(dtype, [&](auto element) {
         using T = decltype(element);

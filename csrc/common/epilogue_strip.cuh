@@ -1,16 +1,16 @@
-// How the sums of a product, in a warp's fragments, reach the epilogue: as a few neighbouring elements of
-// a row to a thread.
+// How the sums of a product, in a warp's fragments, reach the epilogue: each thread gets a few neighbouring
+// elements of a row.
 //
-// An `Epilogue` of a thread has kWidth neighbouring columns. For each row, `read` gets what it needs of
-// memory, early, and `apply` the elements; `finish` ends 64 rows.
+// A thread's `Epilogue` has kWidth neighbouring columns. For each row, `read` loads early what it needs from
+// memory, and `apply` gets the elements; `finish` is called after 64 rows.
 #pragma once
 
 #include "common/product_grid.cuh"
 
 namespace gpt1 {
 
-/// A warp's kStripRows x 64 sums at a time. A fragment has two neighbouring elements to a thread; in shared
-/// memory the warp turns them into kWidth.
+/// Takes kStripRows x 64 sums of a warp at a time. In a fragment a thread has two neighbouring elements; by
+/// way of shared memory it gets kWidth.
 template <class Epilogue, int kStripRows>
 struct EpilogueStrip {
     static constexpr int kRows = kStripRows, kColumns = 64, kSize = kRows * kColumns;

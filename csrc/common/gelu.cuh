@@ -19,7 +19,7 @@ __device__ __forceinline__ float gelu_gate(float u) {
 /// gelu'(u), of a gate that is gelu_gate(u).
 __device__ __forceinline__ float gelu_slope(float u, float gate) {
     const float slope = kTwiceSqrt2OverPi + 3.0f * kTwiceSqrt2OverPi * kGeluCubic * u * u;  // of 2z
-    return gate + u * (slope * (gate * (1.0f - gate)));  // which a large u does not overflow
+    return gate + u * (slope * (gate * (1.0f - gate)));  // in this order a large u does not overflow
 }
 
 }  // namespace gpt1

@@ -1,8 +1,9 @@
-// Products of matrices on Hopper's GPUs, by the instructions that they alone have.
+// Products of matrices on Hopper's GPUs, by wgmma and TMA, which only they have.
 //
-// A block stays, and walks from tile to tile. One thread has the copy engine bring operands into shared
-// memory, as many steps ahead as there is room for, also over the border to the next tile. Two warpgroups
-// multiply what has arrived, and hand their sums to the epilogue while the next tile's operands arrive.
+// The kernel is persistent and warp-specialised: a block walks from tile to tile. One thread starts TMA's
+// copies of operands into shared memory, as many steps ahead as there is room for, also across to the next
+// tile. Two warpgroups multiply what has arrived, and hand their sums to the epilogue while the next tile's
+// operands arrive.
 #pragma once
 
 #include "common/epilogue_strip.cuh"
@@ -51,7 +52,7 @@ struct HopperProduct {
     static constexpr int kSizeA = kBlockM * kBlockK, kSizeB = kBlockN * kBlockK;
     static constexpr int kFetchedN = kBlockN / kCluster;
 
-    // Where terms are rows of what is stored.
+    // Whether terms (the K axis) are rows of what is stored.
     static constexpr bool kADown = kATransposed, kBDown = !kBTransposed;
     static constexpr int kBoxRowsA = kADown ? kBlockK : kBlockM, kBoxRowsB = kBDown ? kBlockK : kFetchedN;
 
@@ -67,14 +68,14 @@ struct HopperProduct {
     static constexpr int kMaxSharedBytes = kStages * (kSizeA + kSizeB) * sizeof(T) +
                                            kGroups * 4 * Strip::kSize * sizeof(float) +
                                            3 * 128;  // of barriers, as the arena rounds up
-    // Of a thread, which is launched with its share of a processor's, by eights.
+    // Of a thread. At launch each has its share of the multiprocessor's, rounded down to a multiple of 8.
     static constexpr int kLaunchedRegisters = 65536 / kThreads / 8 * 8;
     static constexpr int kMultiplyingRegisters = 232, kFetchingRegisters = 40;
 
     static_assert(kBlockK == kBoxColumns);  // a box is as wide, where terms are columns
     // A box starts at a multiple of 1024 bytes, as the arena's memory does: before it are boxes alone.
     static_assert(kSizeA * sizeof(T) % 1024 == 0 && kFetchedN * kBlockK * sizeof(T) % 1024 == 0);
-    // Claiming more than were released would wait for ever.
+    // Claiming more registers than were released would wait for ever.
     static_assert(kGroups * kMultiplyingRegisters + kFetchingRegisters <= (kGroups + 1) * kLaunchedRegisters);
 
     struct Sums {
@@ -184,7 +185,7 @@ private:
                     at.skip(part.count);
                     continue;
                 }
-                // By then the other group has seen arrive all that comes before: a parity tells no more.
+                // Then the other group has waited for all earlier steps; a parity cannot tell older phases.
                 memory.turns.wait(group, parity);
                 parity ^= 1;
             }
@@ -237,8 +238,8 @@ private:
         if (lane_index() < kCluster) empty.arrive_at(stage, lane_index());
     }
 
-    // A warp's strips of its warpgroup's sums. Beside the sums, there are registers for the inputs of two
-    // unless these are of fp32.
+    // A warp's strips of its warpgroup's sums. Beside the sums, the registers hold the inputs of two strips,
+    // unless the inputs are fp32.
     static constexpr int kAcross = kBlockN / Strip::kColumns, kStrips = kGroupM / 64 * kAcross;
     static constexpr bool kReadsAhead = sizeof(typename Strip::Inputs) <= 64;
 

@@ -18,7 +18,7 @@ struct DropoutStream {
     std::uint32_t key[2];
     std::uint32_t step, site;
 
-    /// Of any bits at all if the seed is absent.
+    /// If the seed is absent, the stream is not to be used.
     __device__ __forceinline__ explicit DropoutStream(const Global<const std::int64_t>& seed) {
         const bool present = static_cast<bool>(seed);
         const std::int64_t key_words = seed.load(0, present), place = seed.load(1, present);

@@ -1,11 +1,11 @@
-// Products of matrices on the matrix units, and what is done with a tile of one while it is on chip.
+// Products of matrices on the tensor cores, and what is done with a tile of one while it is on chip.
 //
-// A block has a part of a tile of 128 x 128, and multiplies 32 terms at a time, from operands that copies
-// bring into shared memory four steps ahead. The sums are handed to an epilogue, a few neighbouring
-// elements at a time: a struct that adds a bias, applies a GELU or takes sums, and that stores.
+// A block has a part of a tile of 128 x 128, and multiplies 32 terms at a time, from operands that
+// asynchronous copies bring into shared memory, four stages deep. The sums are handed to an epilogue, a few
+// neighbouring elements at a time: a struct that adds a bias, applies a GELU or takes sums, and that stores.
 //
-// A sum over many terms with few tiles to fill the chip (a weight's gradient) is cut into chunks. Each
-// part of a tile is left in a workspace, and SumParts adds them in order, which makes two runs bit-equal.
+// A sum over many terms with few tiles to fill the chip (a weight's gradient) is cut into chunks (split-K).
+// Each part of a tile is left in a workspace, and SumParts adds them in order, so two runs are bit-identical.
 #pragma once
 
 #include "common/epilogue_strip.cuh"
@@ -45,7 +45,7 @@ public:
 
 private:
     static constexpr int kRowStep = kThreads / AnyTile::kChunks;
-    static_assert(kRowStep % 8 == 0);  // so that the rows of a thread are permuted alike
+    static_assert(kRowStep % 8 == 0);  // so that all rows of a thread have the same swizzle
 
     __device__ __forceinline__ static int first_row() { return thread_index() / AnyTile::kChunks; }
     __device__ __forceinline__ static int first_column() { return thread_index() % AnyTile::kChunks * 8; }
@@ -153,7 +153,7 @@ private:
             barrier();  // the next stage has arrived, and all warps have read this one
             fetch(stage, step + kStages < steps);
             stage = stage + 1 == kStages ? 0 : stage + 1;
-            load(fragments[0], stage, 0);  // while the units work; after the last step, of no use
+            load(fragments[0], stage, 0);  // while the tensor cores work; not used after the last step
             multiply(acc, fragments[1]);
         }
         barrier();  // all warps have read their operands, whose shared memory the epilogue takes

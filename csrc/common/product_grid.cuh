@@ -26,10 +26,10 @@ inline constexpr int kTileBlocksPerProcessor = 2;  // a thread may then have all
 /// The blocks of a cluster of the kernels for Hopper.
 inline constexpr int kHopperCluster = 2;
 
-/// Of the kernels for Hopper, in CUTLASS's terms: ping-pong, each of two warpgroups multiplies a tile of its
-/// own, while the other is in its epilogue; cooperative, they share a tile, a larger one, for which fewer
-/// bytes are read. The two blocks of a cluster are below each other and share the columns of B, of which each
-/// fetches half for both.
+/// The two kernels for Hopper, in CUTLASS's terms. Ping-pong: each of two warpgroups multiplies a tile of its
+/// own while the other is in its epilogue. Cooperative: both share one larger tile, so that fewer bytes are
+/// read. The tiles of a cluster's two blocks lie below each other and share the columns of B, of which each
+/// block fetches half for both (multicast).
 template <bool kTakesTurns>
 struct HopperForm {
     static constexpr bool kPingPong = kTakesTurns;
@@ -101,7 +101,7 @@ public:
         find();
     }
 
-    /// In the result, or in the workspace (parts, tile.m, tile.n) of split sums.
+    /// In the result or, for split-K, in the workspace (parts, tile.m, tile.n).
     __device__ __forceinline__ Place place() const {
         const std::int64_t row = index_ * grid_.tile.m;
         if (grid_.split()) return {row, 0, row + grid_.tile.m, grid_.tile.n};

@@ -32,7 +32,7 @@ public:
     __device__ __forceinline__ float operator()(float value) {
         value = warp_sum(value);
         if constexpr (kWarps > 1) {
-            // Two sets of slots in turn: threads may still be reading those of the sum before.
+            // Two sets of slots, alternating: threads may still be reading those of the last sum.
             const Shared<float> slots = memory_.slice(turn_ * kWarps, kWarps);
             turn_ ^= 1;
             slots.store(warp_index(), value, lane_index() == 0);

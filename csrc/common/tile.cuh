@@ -1,4 +1,4 @@
-// Tiles of 2-byte elements in shared memory, and the fragments that the matrix units take of them.
+// Tiles of 2-byte elements in shared memory, and the fragments of them that the tensor cores take.
 #pragma once
 
 #include "platform/platform.cuh"
@@ -10,8 +10,8 @@ struct FragmentPairB {
     FragmentB left, right;
 };
 
-/// A row-major tile. The 16-byte chunks of a row are permuted with the row's number, so that neither
-/// a row nor eight chunks under each other fall into one bank.
+/// A row-major tile, swizzled: the 16-byte chunks of a row are permuted by the row's number, so that
+/// neither a row nor eight chunks below each other have bank conflicts.
 template <class T, int kTileRows, int kTileColumns>
 struct Tile {
     static constexpr int kRows = kTileRows, kColumns = kTileColumns;

@@ -1,10 +1,9 @@
 // Token and position rows gathered, added and dropped in one pass; their gradients without atomics.
 //
-// Backward takes the rows in the order of their ids, so that those which one table row was read into
-// form a run. Chunks of that order, equal in size however often an id repeats, add up their part of
-// each run. A run inside one chunk goes straight to its table row; of a run that crosses chunks, each
-// chunk leaves a partial sum, and a second kernel adds these in order. Every grid follows from shapes
-// alone.
+// Backward takes the rows in the order of their ids, so that all rows of one id form a run. Chunks of
+// that order, equal in size however often an id repeats, add up their part of each run. The sum of a run
+// inside one chunk goes straight to its table row; of a run that crosses chunks, each chunk leaves a
+// partial sum, and a second kernel adds these in order. Every grid follows from shapes alone.
 #pragma once
 
 #include "common/philox.cuh"
@@ -146,7 +145,7 @@ struct EmbeddingGradient {
     }
 };
 
-/// The rows of sorted ids that leave one partial sum at the most at either end.
+/// Sorted ids of a chunk, which leaves at most one partial sum at each end.
 constexpr int kChunk = 64;
 
 /// A warp owns a chunk of the sorted ids and 256 columns, a lane eight of them.

@@ -81,7 +81,7 @@ public:
         if (p_.dpre) p_.dpre.store_vector(m * p_.stride + n_, narrow<T>(x));
     }
 
-    /// `rows` has to do with the warps that share 64 rows.
+    /// `rows` adds over the warps that share 64 rows.
     template <class Rows>
     __device__ __forceinline__ void finish(std::int64_t first_m, std::int64_t M, const Rows& rows) {
         if (!p_.partial_db) return;

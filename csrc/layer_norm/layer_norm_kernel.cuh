@@ -72,7 +72,7 @@ struct RowLayout {
     }
 };
 
-/// A row is kRowWarps warps'; w, b and x_bias lie in shared memory.
+/// kRowWarps warps own a row; w, b and x_bias lie in shared memory.
 template <class T, class Layout>
 struct LayerNormFwd {
     struct Params {
@@ -107,7 +107,7 @@ struct LayerNormFwd {
 
         for (std::int64_t row = block_index() * Layout::kRows + Layout::row(); row < p.N;
              row += grid_size() * Layout::kRows) {
-            // For each row, since the keys of seven rounds would not leave registers otherwise.
+            // Made anew for each row: else the keys of seven rounds would stay in registers.
             const DropoutStream stream(p.dropout.seed);
             Vector<T, kWidth> x[kVectors], residual[kVectors];
 #pragma unroll
@@ -176,7 +176,7 @@ struct LayerNormFwd {
     }
 
 private:
-    /// Takes a number off a row; the sum of what is left.
+    /// Subtracts a number from a row and returns the sum of what is left.
     __device__ __forceinline__ static float subtract(
         const Params& p, Vector<float, Layout::kWidth>* x, float number) {
         float sum = 0.0f;
@@ -193,8 +193,8 @@ private:
     }
 };
 
-/// A row is kRowWarps warps'; a thread sums its columns of dw, db and dx_bias over its rows in
-/// registers, and the block adds those of its warps at the end.
+/// kRowWarps warps own a row; a thread sums its columns of dw, db and dx_bias over its rows in
+/// registers, and the block adds the sums of its warps at the end.
 template <class T, class Layout>
 struct LayerNormBwd {
     struct Params {

@@ -8,8 +8,8 @@ namespace gpt1 {
 
 namespace {
 
-/// Calls `function` with the layout of rows of C columns: a warp has a row while the sums of its
-/// gradients leave the registers of three blocks, and then a block.
+/// Calls `function` with the layout of rows of C columns: a warp owns a row up to the width at which the
+/// registers that sum its gradients still allow three blocks (in bf16), beyond it a block does.
 template <class T, class Function>
 auto with_layout(std::int64_t C, Function function) {
     if (C <= 256) return function(RowLayout<T, 4, 1, 8>{});

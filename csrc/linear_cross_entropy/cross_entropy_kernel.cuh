@@ -7,8 +7,8 @@
 
 namespace gpt1 {
 
-/// A block owns a row and reads it once, into shared memory; a thread every 512th vector of 8 logits, its
-/// own throughout. What a row has beyond kHeldColumns is read again by each of the three passes.
+/// A block owns a row and reads it once, into shared memory; a thread owns every 512th vector of 8 logits
+/// in all passes. What a row has beyond kHeldColumns is read again in each of the three passes.
 template <class T>
 struct CrossEntropy {
     struct Params {
@@ -38,7 +38,7 @@ struct CrossEntropy {
         const bool counted = target != p.ignore_index, in_range = target >= 0 && target < p.V;
         const bool used = counted && in_range;
         const int label = used ? static_cast<int>(target) : -1;
-        // Read here: the gradient overwrites it, and the reductions between are barriers.
+        // Read before the gradient overwrites it; the reductions in between are barriers.
         const float target_logit = used ? to_float(p.logits.load(first + target)) : -INFINITY;
 
         SharedArena arena;
@@ -77,7 +77,7 @@ struct CrossEntropy {
         barrier();
         largest = fmaxf(warp_max<kWarps>(maxima.load(lane_index() % kWarps)), target_logit);
 
-        // Without the target: of a confident token, only the others' share has digits left.
+        // Without the target: where it has almost all probability, 1 − p loses the others' digits.
         float others = 0.0f;
         for_each([&](int, const Logits& logits) {
             const auto x = widen(logits);
@@ -105,7 +105,7 @@ struct CrossEntropy {
             for (int i = 0; i < kWidth; ++i) x[i] = scale * exponential(x[i] - largest);
             p.logits.store_vector(first + column, narrow<T>(x));
         });
-        // By the thread that has just stored the vector around it.
+        // By the thread that has just stored the vector around it, so after that store.
         const bool mine = used && label / kWidth % kThreads == thread_index();
         p.logits.store(first + (used ? label : 0), from_float<T>(-scale * others), mine);
     }
@@ -113,7 +113,7 @@ struct CrossEntropy {
 private:
     static constexpr int kStep = kThreads * kWidth;
 
-    /// exp(x) of x ≤ 0. The difference of two logits is scaled, not each: theirs loses no digit.
+    /// exp(x) of x ≤ 0. The difference of two logits, which loses no digit, is scaled to base 2, not each.
     __device__ __forceinline__ static float exponential(float x) {
         constexpr float kLog2E = 1.4426950408889634f;
         return fast_exp2(x * kLog2E);

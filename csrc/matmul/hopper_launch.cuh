@@ -11,7 +11,7 @@ namespace gpt1 {
 template <class Kernel>
 void launch_hopper(const Matrix& a, const Matrix& b, const ProductGrid& grid,
                    const typename Kernel::EpilogueParams& epilogue, Stream stream) {
-    const CurrentDevice current(stream.first);  // before the driver makes maps
+    const CurrentDevice current(stream.first);  // the driver needs a context to make tensor maps
     const auto map = [](const Matrix& matrix, int box_rows) {
         const auto& [array, rows, columns, stride] = matrix;
         return tensor_map(array.address, Kernel::kIsBf16, rows, columns, stride, box_rows);

@@ -4,7 +4,7 @@
 
 namespace gpt1 {
 
-/// Of how many elements the fp32 workspace of `matmul` is, and into how many chunks it cuts the sums: (0, 1)
+/// Split-K: the elements of `matmul`'s fp32 workspace, and the chunks into which it cuts the sums; (0, 1)
 /// where it leaves them whole.
 std::pair<std::int64_t, std::int64_t> split_of_matmul(
     std::int64_t M, std::int64_t N, std::int64_t K, int device);

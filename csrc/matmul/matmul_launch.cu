@@ -6,10 +6,10 @@ namespace gpt1 {
 
 namespace {
 
-constexpr std::int64_t kLongSum = 4096;  // the parts of shorter ones would weigh too much
+constexpr std::int64_t kLongSum = 4096;  // writing and adding the parts of shorter ones costs too much
 constexpr std::int64_t kMostChunks = 16;
-constexpr std::int64_t kMostElements = 11'800'000;  // 47 MB: with them, GPT-1's loss needs less than 400
-constexpr std::int64_t kPartTerms = 1024;  // in whose time a part is written, and read by SumParts
+constexpr std::int64_t kMostElements = 11'800'000;  // 47 MB: with them, GPT-1's loss needs less than 400 MB
+constexpr std::int64_t kPartTerms = 1024;  // the cost of writing and adding a part, in terms
 
 }  // namespace
 

@@ -8,8 +8,8 @@
 
 namespace gpt1 {
 
-/// The tiles of a product, which say the kernel: one of those for Hopper, or that of every chip, which also
-/// runs what has no terms.
+/// The tiles of a product, which select the kernel: one of those for Hopper, or the one for every chip, which
+/// also runs products with K = 0.
 inline TileShape product_tile(std::int64_t K, int device) {
     constexpr std::int64_t kShortSum = 1024;  // beside which an epilogue takes long
     if (K == 0 || !is_hopper(device)) return kTile;

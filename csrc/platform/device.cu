@@ -6,7 +6,7 @@ namespace gpt1 {
 
 namespace {
 
-/// An error is thrown here, and not left for the next reader of cudaGetLastError to find.
+/// Throws an error and clears it, so that the next caller of cudaGetLastError does not find it.
 [[noreturn]] void throw_error(const std::string& call, cudaError_t error) {
     cudaGetLastError();
     throw std::runtime_error(call + ": " + cudaGetErrorString(error));
@@ -25,8 +25,8 @@ int attribute(cudaDeviceAttr name, int device) {
 }  // namespace
 
 CurrentDevice::CurrentDevice(int device) {
-    // A thread that has launched nothing has no context, without which the driver makes no tensor maps, and
-    // cudaGetDevice gives it none.
+    // A thread that has launched nothing has no context, which the driver needs to make tensor maps;
+    // cudaGetDevice does not create one.
     static thread_local bool has_context = false;
     int current = 0;
     check(cudaGetDevice(&current), "cudaGetDevice");

@@ -92,8 +92,8 @@ public:
     template <int N>
     __device__ __forceinline__ Vector<std::remove_const_t<T>, N> load_vector(
         std::int64_t i, bool mask = true, Site = Site::current()) const {
-        // As words: of a vector of 2-byte elements, the compiler would give each a register of its own
-        // where the masked-out zeros come in, and so wait for the load right there.
+        // As words: the compiler would give each 2-byte element of a vector a register of its own where the
+        // zeros of a masked-out load come in, and so wait for the load right there.
         WordsOf<T, N> words{};
         if (mask) words = *reinterpret_cast<const WordsOf<T, N>*>(data_ + i);
         return same_bits<Vector<std::remove_const_t<T>, N>>(words);
@@ -102,8 +102,8 @@ public:
     template <int N>
     __device__ __forceinline__ void store_vector(
         std::int64_t i, const Vector<T, N>& value, bool mask = true, Site = Site::current()) const {
-        // An assignment may become as many stores as there are words; the intrinsic is one, and as usual
-        // written back.
+        // An assignment may become a store for each word; the intrinsic is one store, with the usual
+        // write-back caching.
         if (mask) __stwb(reinterpret_cast<WordsOf<T, N>*>(data_ + i), same_bits<WordsOf<T, N>>(value));
     }
 
@@ -314,7 +314,7 @@ __device__ __forceinline__ void mma(
 
 inline constexpr bool kHasHopperKernels = true;
 
-/// Makes a device current, and the one before it on the way out.
+/// Makes a device current, and restores the one before it when destroyed.
 class CurrentDevice {
 public:
     explicit CurrentDevice(int device);
@@ -354,7 +354,7 @@ struct Registered {
 /// Starts a kernel on a stream; does not wait for it.
 template <class Kernel>
 void launch(std::int64_t grid, int shared_bytes, Stream stream, const typename Kernel::Params& params) {
-    static_cast<void>(&Registered<Kernel>::done);  // whose use is what has it initialised
+    static_cast<void>(&Registered<Kernel>::done);  // without a use it would not be initialised
     const CurrentDevice current(stream.first);
     cudaLaunchConfig_t config{};
     config.gridDim = checked_grid<Kernel>(grid, params);

@@ -1,5 +1,5 @@
 // What Hopper's GPUs have besides, for code that is compiled for them alone (sm_90a): copies of whole tiles
-// by the copy engine, barriers that count its bytes, products of a warpgroup, and clusters of blocks.
+// by TMA, barriers that count its bytes (mbarrier), products of a warpgroup (wgmma), and clusters of blocks.
 #pragma once
 
 #include <cuda.h>
@@ -46,7 +46,7 @@ __device__ __forceinline__ void cluster_barrier() {
 
 // --- barriers in shared memory ---------------------------------------------------------------------
 
-/// Each goes through phases: one ends with the last of its arrivals and of the bytes that it expects.
+/// Each goes through phases: a phase ends when all its arrivals and all the bytes it expects have come.
 class CopyBarriers {
 public:
     __device__ __forceinline__ explicit CopyBarriers(const Shared<std::uint64_t>& memory) : memory_(memory) {}
@@ -76,7 +76,8 @@ public:
             : "memory");
     }
 
-    /// Until the phase of this parity has ended: 0 for the first, 1 for the one before and the second.
+    /// Waits until the phase of this parity has ended: 0 is the first phase, 1 the second, and before the
+    /// first has ended, 1 does not wait.
     __device__ __forceinline__ void wait(int i, std::uint32_t parity) const {
         std::uint32_t ended = 0;
         while (!ended) {
@@ -98,15 +99,15 @@ private:
     Shared<std::uint64_t> memory_;
 };
 
-/// Shows barriers just initialised to the copy engine and to the cluster.
+/// Makes barriers just initialised visible to TMA and to the cluster.
 __device__ __forceinline__ void fence_copy_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
 // --- copies of tiles -------------------------------------------------------------------------------
 
-/// A matrix as the copy engine reads it: in boxes of `box_rows` rows of 64 elements of 2 bytes. Of what is
-/// beyond the matrix, zeros arrive.
+/// A matrix as TMA reads it: in boxes of `box_rows` rows of 64 elements of 2 bytes. Elements beyond the
+/// matrix arrive as zeros.
 struct TensorMap {
     CUtensorMap map;
 };
@@ -115,8 +116,8 @@ struct TensorMap {
 TensorMap tensor_map(std::uintptr_t data, bool is_bf16, std::int64_t rows, std::int64_t columns,
                      std::int64_t stride, int box_rows);
 
-/// Starts the copy of the box at (row, column) to `to[i]`, a multiple of 1024 bytes, and tells a barrier of
-/// its bytes. The 16-byte chunks of its rows, 128 bytes each, are permuted with the row's number modulo 8.
+/// Starts the copy of the box at (row, column) to `to[i]`, a multiple of 1024 bytes; its bytes are counted at
+/// a barrier. Its rows of 128 bytes are swizzled: their 16-byte chunks are permuted by the row modulo 8.
 template <class T>
 __device__ __forceinline__ void copy_box(
     const Shared<T>& to, int i, const TensorMap& from, int row, int column, const CopyBarriers& barriers,
@@ -143,9 +144,9 @@ __device__ __forceinline__ void copy_box_to_all(
 
 // --- products of a warpgroup -----------------------------------------------------------------------
 
-inline constexpr int kBoxColumns = 64;  // of 2 bytes: 128 bytes, which the permutation is for
+inline constexpr int kBoxColumns = 64;  // of 2 bytes: 128 bytes, the width of the swizzle
 
-/// How the matrix units find an operand that boxes hold. Either a box's rows are rows of A or columns of B,
+/// How the tensor cores find an operand that boxes hold. Either a box's rows are rows of A or columns of B,
 /// and its columns are terms; or, if kTermsDown, its rows are terms, and 64 more rows of A or columns of B
 /// are in the next box, of `box_rows` terms.
 template <bool kTermsDown, class T>

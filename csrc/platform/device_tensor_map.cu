@@ -1,4 +1,4 @@
-// Tensor maps, which the driver makes: found in the driver when first asked for, so that nothing links it.
+// TMA's tensor maps, which the driver makes: its function is looked up at first use, so nothing links it.
 #include <cudaTypedefs.h>
 
 #include "platform/device_hopper.cuh"

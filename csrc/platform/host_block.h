@@ -17,7 +17,7 @@ namespace gpt1::host {
 constexpr int kLanes = 32;
 constexpr int kSlotBytes = 64;
 
-/// What a GPU would let pass or crash at; Python sees it as KernelFault.
+/// A bug at which a GPU might crash, or which it might let pass; Python sees it as KernelFault.
 struct Fault : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -61,7 +61,7 @@ struct Block {
 };
 
 extern Block block;
-extern Thread* thread;  // that runs
+extern Thread* thread;  // the one that runs
 
 inline int lane() { return thread->index % kLanes; }
 inline Warp& warp() { return block.warps[thread->index / kLanes]; }

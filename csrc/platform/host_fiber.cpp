@@ -1,4 +1,4 @@
-// The context switch: a dozen instructions, for it happens at every barrier and shuffle of a thread.
+// The context switch, in few instructions: it happens at every barrier and shuffle of a thread.
 #include "platform/host_fiber.h"
 
 #include <cstdint>

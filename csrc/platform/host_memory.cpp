@@ -69,7 +69,7 @@ std::string who(int thread, std::uint32_t block_serial) {
     return text;
 }
 
-/// Whether what a thread did is not ordered before what the running thread does.
+/// Whether no barrier orders what a thread did before what the running thread does.
 bool unordered(std::uint32_t block_of, std::uint32_t epoch, std::uint32_t warp_epoch, int thread_of) {
     if (block_of != block.serial) return true;
     if (thread_of == thread->index || epoch != block.epoch) return false;
@@ -293,7 +293,7 @@ void wait_for_copies(int open_groups, const Site& site) {
         for (int byte = 0; byte < copy.to.bytes(); byte += kCellBytes) {
             cells_at(Space::kShared, copy.to.address() + byte)->write.pending = 0;
         }
-        check_conflicts(copy.to, site);  // it lands now at the latest
+        check_conflicts(copy.to, site);  // it is written now at the latest
         std::memcpy(reinterpret_cast<void*>(copy.to.address()), copy.bytes.data(), copy.to.bytes());
         copies.open.pop_front();
     }

@@ -34,7 +34,7 @@ struct Access {
 void check(const Access& access, const Site& site);
 
 /// Starts the copy of 4 or 16 bytes, or of zeros if `from` is null, to shared memory: until it has been
-/// waited for, the destination is NaN and out of bounds for everyone.
+/// waited for, the destination is NaN and every access to it a Fault.
 void start_copy(const Access& to, const void* from, const Site& site);
 void commit_copies();
 void wait_for_copies(int open_groups, const Site& site);

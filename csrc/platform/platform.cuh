@@ -1,4 +1,4 @@
-// The primitives that kernels use, and the only door to memory. They exist twice: for a GPU, where
+// The primitives that kernels use, and their only way to memory. They exist twice: for a GPU, where
 // each is an instruction or two, and for a CPU, where they check what a GPU would let pass.
 //
 //   thread_index() lane_index() warp_index() block_index() grid_size()

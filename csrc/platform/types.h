@@ -36,7 +36,7 @@ std::string shape_text(const Parts&... parts) {
     return text.str();
 }
 
-/// The number of blocks of a launch, which CUDA limits.
+/// The number of blocks of a launch; throws beyond CUDA's limit.
 template <class Kernel>
 unsigned checked_grid(std::int64_t grid, const typename Kernel::Params& params) {
     // The smallest chips hold 1536 threads to a multiprocessor.

@@ -52,7 +52,7 @@ void dispatch(DType dtype, Function function) {
     }
 }
 
-/// As `dispatch`, for kernels on the matrix units.
+/// As `dispatch`, for kernels on the tensor cores.
 template <class Function>
 void dispatch_narrow(DType dtype, Function function) {
     switch (dtype) {

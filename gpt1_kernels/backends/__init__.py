@@ -29,7 +29,7 @@ OPS = {
     "embedding": "embedding",
 }
 BACKENDS = ("triton", "cuda", "cuda_host", "portable")
-# The order holds until a committed measurement on a GPU says otherwise. `cuda_host` is for tests.
+# In the order of preference on a GPU; a CPU takes `portable`. `cuda_host` is for tests.
 AUTOMATIC = ("triton", "cuda", "portable")
 MINIMUM_CAPABILITY = (8, 0)
 _PACKAGES = {name: name for name in BACKENDS} | {"cuda_host": "cuda"}
@@ -138,7 +138,10 @@ def old_gpu_reason() -> str | None:
 
 
 def automatic_choice(op: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
-    """The first backend that can serve a call on a device type; a GPU's fallback is logged once."""
+    """On a GPU the first of AUTOMATIC that can serve a call, else "portable".
+
+    Why an earlier one cannot is logged once.
+    """
     if device != "cuda":
         return "portable"
     for name in AUTOMATIC:
@@ -176,7 +179,7 @@ def _max_size(backend: str, op: str, name: str) -> int | None:
 
 @_constant
 def log_once(message: str) -> None:
-    """A warning, the first time; also where torch.compile traces."""
+    """Logs a warning the first time that it is given; also where torch.compile traces."""
     _logger.warning("%s", message)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 230 * 10**6
-"""Of logits: beside an fp32 gradient of GPT-1's head, 124 MB, a workspace below 400 MB."""
+"""Of a chunk of logits: with dW in fp32, 124 MB for GPT-1, the workspace is below 400 MB."""
 
 LARGEST_FP16_GRADIENT = 2.0**15
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def by_rows(x: Tensor) -> tuple[Tensor, int]:
-    """x with its rows at one distance, in memory of its own only if need be; and the distance.
+    """x as rows at one stride, copied only if need be; and that stride.
 
     Args:
         x: (..., C), its last axis contiguous.
@@ -18,7 +18,7 @@ def by_rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """(..., C) as (N, C), in memory of its own only if need be."""
+    """(..., C) as (N, C), copied only if need be."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 

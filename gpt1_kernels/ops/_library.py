@@ -31,7 +31,9 @@ def define(op: str, schema: str, fake: Callable) -> Callable:
         raise_recorded()
         count_launch(backend, name)
         run = kernel(backend, op, name)
-        return _ForwardOnly.apply(name, run, *args) if torch.is_grad_enabled() else run(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return _ForwardOnly.apply(name, run, *args)
+        return run(*args)
 
     LIBRARY.define(schema)
     for device in ("CPU", "CUDA"):
@@ -54,10 +56,10 @@ class _ForwardOnly(torch.autograd.Function):
 
 
 def apply(function: type[torch.autograd.Function], *args):
-    """`function.apply`; where nothing is recorded, on tensors that need no gradient.
+    """`function.apply`; under `no_grad`, on detached tensors.
 
-    `ctx.needs_input_grad` tells of the tensors alone: under `no_grad`, too, it asks for the
-    gradients of parameters, and forward would compute or save what no backward will read.
+    `ctx.needs_input_grad` looks at the tensors alone: it is True of parameters under `no_grad`
+    too, and forward would compute or save what no backward will read.
     """
     if not torch.is_grad_enabled():
         args = [a.detach() if isinstance(a, Tensor) else a for a in args]
@@ -65,7 +67,7 @@ def apply(function: type[torch.autograd.Function], *args):
 
 
 def apart(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Aliases of tensors given twice: `torch.compile` refuses them in an `autograd.Function`."""
+    """Makes repeated tensors views: `torch.compile` refuses repeats in an `autograd.Function`."""
     if not torch.compiler.is_compiling():
         return list(tensors)
     return [
@@ -75,7 +77,7 @@ def apart(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def once(op: str) -> None:
-    """Called first in a backward: the ops have no second derivative, and say so.
+    """Called first in a backward: the ops have no double backward, and raise.
 
     Raises:
         RuntimeError: backward runs under `create_graph=True`.

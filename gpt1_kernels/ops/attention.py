@@ -132,15 +132,15 @@ def causal_attention(
 
     Args:
         q: (B, Tq, H, D), fp32, bf16 or fp16.
-        k, v: (B, Tk, H, D) with Tk ≥ Tq, the dtype of q. Finite but for padding on the left: a NaN
-            may reach queries before it, for 0 times NaN is NaN.
+        k, v: (B, Tk, H, D) with Tk ≥ Tq, the dtype of q. Finite except in left padding: elsewhere a
+            NaN may reach even queries before it, for 0 times NaN is NaN.
         scale: of the scores, by default D^−½.
         dropout_p: probability of dropping, in [0, 1].
         seed: int64 (2,) on the device; needed when dropout_p > 0.
         row_offset: tokens of the global batch that come before these.
         first_key: int32 (B,), the first key that is not padding.
-        keep_bits: int32 (B, H, Tq, ceil(Tk / 32)), in the place of a seed: what `dropout_mask` drew
-            before, for (B, H, Tq, Tk) with causal=True and the row_offset times H.
+        keep_bits: int32 (B, H, Tq, ceil(Tk / 32)), instead of a seed: what `dropout_mask` drew
+            before, for (B, H, Tq, Tk) with causal=True and row_offset · H.
 
     Returns:
         (B, Tq, H, D), the dtype of q; under autocast, the autocast dtype.

@@ -1,8 +1,8 @@
 """The feed-forward network: y = gelu_tanh(x W₁ + b₁) W₂ + b₂.
 
 gelu_tanh(u) = ½ u (1 + tanh(√(2/π) (u + 0.044715 u³))), Hendrycks & Gimpel 2016. Weights are
-(in, out) as OpenAI stores them. Backward is given the pre-activation u, and its GELU g, which
-forward writes in any case:
+(in, out) as OpenAI stores them. Backward gets from forward the pre-activation u = x W₁ + b₁, and
+g = gelu_tanh(u), which the second product reads in any case:
 
     dg = dy W₂ᵀ,   du = dg ∘ gelu'(u),   dx = du W₁ᵀ
     dW₁ = xᵀ du,   db₁ = Σ du,   dW₂ = gᵀ dy,   db₂ = Σ dy

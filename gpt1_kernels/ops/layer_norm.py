@@ -8,8 +8,8 @@ Ba, Kiros, Hinton 2016. GPT-1 is post-LN, so the second form is every residual s
     g = dy ∘ w,   dtotal = rstd · (g − mean(g) − x̂ · mean(g ∘ x̂)),   dw = Σ dy ∘ x̂,   db = Σ dy
     dresidual = dtotal,   dx = keep ∘ dtotal · s,   dx_bias = Σ dx
 
-In GPT-1 the next branch reads y, and so does its residual. A forked y is two tensors, whose
-gradients backward adds while it reads them; autograd would do it in a pass of its own.
+In GPT-1 y has two readers, the next branch and the next residual. A forked y is two tensors, whose
+gradients backward adds as it reads them; autograd would add them in a pass of its own.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(total, w, mean, rstd, seed)
         ctx.config = dropout_p, row_offset, backend
-        ctx.set_materialize_grads(False)  # of the one of two that nobody has read
+        ctx.set_materialize_grads(False)  # None, not zeros, for a fork that nobody has read
         return (y, y.view_as(y)) if fork else y
 
     @staticmethod
@@ -164,7 +164,7 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
     check_activation("layer_norm", "x", x)
     _check_parameters("layer_norm", x, w, b)
     y = _LayerNorm.apply(x, w, b, eps, resolve("layer_norm", x, width=x.shape[-1]))
-    return autocast(y)[0]  # not x: a mean beside small deviations is not for 16 bits
+    return autocast(y)[0]  # y, not x: 16 bits cannot hold small deviations from a large mean
 
 
 def dropout_add_layer_norm(

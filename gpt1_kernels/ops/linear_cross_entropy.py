@@ -74,7 +74,7 @@ _scale_gradients = define(
 class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, token_weight, ignore_index, mean, backend):
-        # Cast here and not in sight of autograd, so that the fp32 sum of dw is rounded only once.
+        # Cast here, where autograd records no cast, so that the fp32 sum of dw is rounded once.
         product_w = matrix(w.to(h.dtype))
         losses, dh, dw = _fwd(
             _rows(h), product_w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2],
@@ -125,7 +125,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _rows(h: Tensor) -> Tensor:
-    """(..., C) as (N, C): in a Function, where autograd makes no node of it."""
+    """(..., C) as (N, C); called in a Function, where autograd records no node for it."""
     return last_contiguous(h.reshape(prod(h.shape[:-1]), h.shape[-1]))
 
 

@@ -1,7 +1,7 @@
 """Launchers of causal attention; csrc/attention/ has the kernels.
 
-They read 16 bytes at a time. A head whose size is no multiple of 8, or whose rows are not aligned
-to 16 bytes, is copied once with zeros beside it, which change no score and no other column.
+The kernels read 16 bytes at a time. A head whose size is no multiple of 8, or whose rows are not
+aligned to 16 bytes, is copied once, padded with zeros, which change no score and no other column.
 """
 
 from __future__ import annotations

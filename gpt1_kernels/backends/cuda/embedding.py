@@ -13,7 +13,7 @@ from gpt1_kernels.errors import error_record
 from gpt1_kernels.rng import keep_scale, threshold
 
 CHUNK = 64
-"""Sorted ids that leave two partial sums, as csrc/embedding/ has it."""
+"""Sorted ids that leave at most two partial sums; kChunk in csrc/embedding/."""
 
 
 def embedding_fwd(

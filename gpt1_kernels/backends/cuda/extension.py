@@ -1,7 +1,7 @@
 """The compiled extension: loads it, says why it is absent, calls its functions.
 
-A function of the extension takes tensors (None for an absent one), dtypes and plain numbers; last,
-the index of a device with a stream.
+A function of the extension takes tensors (None for an absent one), dtypes and plain numbers, and
+last a pair: the index of a device and a stream on it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOT_BUILT = {
     "cuda_host": "it was installed without GPT1_KERNELS_BUILD_HOST=1",
 }
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
-"""Those of the kernels on the matrix units."""
+"""The dtypes of the kernels on the tensor cores."""
 VECTOR = 8  # elements of a narrow dtype in 16 bytes
 
 

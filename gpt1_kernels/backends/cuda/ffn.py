@@ -26,7 +26,7 @@ from gpt1_kernels.backends.rows import as_matrix
 DTYPES = NARROW_DTYPES
 
 SUMMED_ROWS = 64
-"""The rows of du that the epilogue adds up, for the gradient of the bias."""
+"""How many rows of du each partial sum of the epilogue adds up, for the gradient of the bias."""
 
 
 def gelu_ffn_fwd(

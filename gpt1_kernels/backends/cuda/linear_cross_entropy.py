@@ -5,7 +5,7 @@ and, where a gradient is asked for, overwrites it with that gradient, from which
 give dh and add to dW. A row of GPT-1's vocabulary fits in shared memory, so it is read once.
 
 At GPT-1's shape (N=32768, C=768, V=40478, bf16) a chunk has 2816 rows. Its logits take 228 MB, the
-fp32 sum of dW 124 MB and the parts of a product with split sums at most 47 MB, as many as the chip
+fp32 sum of dW 124 MB and the partial sums of a split-K product at most 47 MB, as many as the chip
 has use for: a workspace below 400 MB.
 """
 
@@ -23,7 +23,7 @@ from gpt1_kernels.errors import error_record
 DTYPES = NARROW_DTYPES
 
 TILE_ROWS = 256
-"""Of the tallest tile, Hopper's; the others' are half of it."""
+"""Of the tallest tile, a Hopper cluster's; the other kernel's has half as many."""
 
 
 def linear_cross_entropy_fwd(
@@ -53,7 +53,7 @@ def linear_cross_entropy_bwd(
     weight = dloss
     if token_weight is not None:
         weight = torch.where(token_weight == 0, 0, token_weight * dloss)
-    # From the logits alone: of logits of 10⁴, exp(logit − lse) of a saved lse would have 11 bits.
+    # Softmax anew, and not from a saved lse: with logits of 10⁴, exp(logit − lse) has 11 bits.
     dh, dw = _by_chunks(h, w, targets, weight, ignore_index, needs, None)
     return dh, dw.to(w.dtype)
 

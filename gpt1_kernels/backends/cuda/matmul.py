@@ -37,9 +37,9 @@ def matmul(
     """out = scale · a b + bias, or out += scale · a b.
 
     Args:
-        a: bf16 or fp16, either axis contiguous. K is its own: where b has fewer rows, the columns
-            beyond them are zeros.
-        b: the dtype of a, either axis contiguous. Beyond its columns the product is 0.
+        a: bf16 or fp16, either axis contiguous. K is its width; where b has fewer rows, the columns
+            of a beyond them are zeros.
+        b: the dtype of a, either axis contiguous. Columns of out that b lacks are 0.
         out: row-major, the dtype of a or fp32; fp32 if it accumulates.
         bias: the dtype of a or fp32, contiguous and aligned.
         scale: fp32.
@@ -78,7 +78,7 @@ def operand(x: Tensor) -> tuple[Tensor, bool]:
 def aligned(x: Tensor) -> Tensor:
     """The matrix if its rows are contiguous, start at multiples of 16 bytes and do not overlap.
 
-    Else a copy. Hopper's copy engine reads no rows that overlap, such as those of an expanded row.
+    Else a copy. TMA reads no rows that overlap, such as those of an expanded row.
     """
     row, column = x.stride()
     starts = x.data_ptr() % 16 == 0 and row * x.itemsize % 16 == 0
@@ -93,5 +93,5 @@ def padded(x: Tensor | None) -> Tensor | None:
 
 @lru_cache(maxsize=1024)  # inputs may have ever new lengths
 def _split(M: int, N: int, K: int, index: int) -> tuple[int, int]:
-    """The fp32 elements of the workspace of split sums, and their chunks; or 0, 1."""
+    """The fp32 elements of a split-K workspace, and the number of chunks; (0, 1) unless split."""
     return module(backend_of(index)).split_of_matmul(M, N, K, index)

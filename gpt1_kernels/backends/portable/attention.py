@@ -114,7 +114,7 @@ def _gradients(
             dp *= kept
             z = kept.mul_(p)
         dv[:, :, :keys] += z.to(v.dtype).mT @ dout[:, :, rows]
-        # Its row sums are of P ∘ dP itself, not of dO ∘ O: a row that sees one key gives exactly 0.
+        # delta is Σ P ∘ dP here, not Σ dO ∘ O, so dS of a row that sees one key is exactly 0.
         ds = torch._softmax_backward_data(dp, p, -1, torch.float32).mul_(scale).to(q.dtype)
         dq[:, :, rows] = ds @ k[:, :, :keys]
         dk[:, :, :keys] += ds.mT @ q[:, :, rows]
@@ -125,7 +125,7 @@ def _scores(q, k, rows: slice, keys: int, first_key: Tensor | None, scale: float
     """fp32 (B, H, rows, keys), −∞ where a key is not visible."""
     scores = (q[:, :, rows] @ k[:, :, :keys].mT).float().mul_(scale)
     count = rows.stop - rows.start
-    # On a CPU five times as fast as masked_fill_. First 0, since NaN − ∞ is NaN.
+    # On a CPU five times as fast as masked_fill_. tril_ zeroes first, since NaN − ∞ is NaN.
     future = scores.new_full((count, count), -torch.inf).triu_(1)
     scores.tril_(keys - count)[..., keys - count :].add_(future)
     if first_key is not None:

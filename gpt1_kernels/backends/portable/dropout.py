@@ -63,7 +63,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, row_offset: int) 
 def _keep(seed: Tensor, row_numbers: Tensor, columns: int, p: float) -> Tensor:
     if seed.is_cuda:
         return rng.keep_mask_of_rows(seed, row_numbers, columns, p)
-    words = seed.tolist()  # host: the seed of a CPU call is there
+    words = seed.tolist()  # no sync: the seed of a CPU call is in host memory
     key, site_and_step = (word & 0xFFFFFFFFFFFFFFFF for word in words)
     mask = np.empty((len(row_numbers), columns), dtype=np.bool_)
     numbers = row_numbers.numpy().astype(np.uint64)
@@ -122,7 +122,7 @@ def unpack(bits: Tensor, columns: int) -> Tensor:
 def _for_each(function: Callable[[int], None], starts: range) -> None:
     """Runs the chunks on torch's number of threads: NumPy releases the interpreter's lock.
 
-    A single one stays on this thread, to which its temporaries are in cache.
+    A single chunk runs on this thread, in whose cache its temporaries are.
     """
     threads = min(torch.get_num_threads(), len(starts))
     run = map if threads <= 1 else _pool(threads).map

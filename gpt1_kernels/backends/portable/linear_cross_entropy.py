@@ -84,7 +84,7 @@ def _losses(
     log_largest_p = p.amax(1, keepdim=True).log_()
     others = p.scatter_(1, target, 0).sum(1, keepdim=True)
     loss = largest - target_logit - log_largest_p
-    # Of a confident token, −log p has no digits left, but the others' probability has.
+    # For a confident token −log p has no digits left, but log1p of the others' probability has.
     loss = torch.where(others < 0.5, -torch.log1p(-others), loss)
     if gradient:
         torch.mul(p.scatter_(1, target, -others), weight, out=p)
@@ -101,7 +101,7 @@ def _products(logits, h, w, rows, dh, dw, needs) -> None:
     if h.dtype == torch.float32:
         dw.addmm_(logits.t(), h[rows], beta=float(rows.start > 0))
         return
-    for block in _blocks(dw):  # the product and its fp32 copy are not of the size of the table
+    for block in _blocks(dw):  # so that neither the product nor its fp32 copy is as large as dw
         product = logits[:, block].t() @ h[rows]
         dw[block] = product if rows.start == 0 else dw[block] + product
 
@@ -135,7 +135,7 @@ def _targets_and_weights(
 def _chunks(h: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows with their logits, each in the memory of the one before.
 
-    Chunks fit the cache, unless they are of fewer rows than C: each adds to the whole of dW.
+    Chunks fit the cache, but have at least C rows where CHUNK_BYTES allow: each adds to all of dW.
     """
     row_bytes = h.element_size() * w.shape[0]
     count = max(1, min(CHUNK_BYTES, max(CACHE_BYTES, h.shape[1] * row_bytes)) // row_bytes)

@@ -1,11 +1,11 @@
 """Causal attention by tiles of queries and keys; the scores never leave the registers.
 
-Softmax is computed on the way (Milakov & Gimelshein 2018; Dao 2023, "FlashAttention-2"), in base 2
-inside. A program walks over the tiles that all its queries see without a mask, then over those on
-the diagonal; tiles above it are never visited. Backward rebuilds the probabilities from lse and has
-a kernel over queries, for delta and dQ, and one over keys, for dK and dV: every sum has one owner
-and a fixed order. In both kernels delta and dP are those without dropout's scale, which multiplies
-the sums once.
+Online softmax (Milakov & Gimelshein 2018; Dao 2023, "FlashAttention-2"), in base 2 inside. A
+program walks over the tiles that all its queries see, which need no mask, then over those on the
+diagonal; tiles above it are never visited. Backward rebuilds the probabilities from lse and has a
+kernel over queries, for delta and dQ, and one over keys, for dK and dV: every sum has one owner
+and a fixed order. In both kernels delta and dP leave out dropout's scale, which multiplies the
+sums once.
 
 A tensor may have any strides but for its contiguous last axis, so that the packed ops are the same
 kernels on views. Padded positions load as zeros, whatever they hold.
@@ -39,7 +39,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _tile_of_head(tiles, H):
-    """The tile, batch and head of a program: all tiles of a head follow each other."""
+    """The tile, batch and head of a program: the tiles of a head are neighbouring programs."""
     program = tl.program_id(0)
     head = program // tiles
     return program % tiles, (head // H).to(tl.int64), (head % H).to(tl.int64)
@@ -92,8 +92,8 @@ def _keep(
 ):  # fmt: skip
     """The dropout mask of a tile: (BLOCK_M, BLOCK_N) or transposed, True keeps.
 
-    A word is loaded once and serves 32 keys. Rows and words that do not exist are replaced by the
-    last one: nothing that they give is used.
+    A word is loaded once and serves 32 keys. Rows and words that do not exist read the last one:
+    their bits are not used.
     """
     words = tl.cdiv(Tk, 32)
     row = tl.minimum(tl.arange(0, BLOCK_M), Tq - 1 - start_m)
@@ -105,8 +105,8 @@ def _keep(
         keep = tl.reshape(bits[:, None, :] & (1 << bit)[None, :, None], (BLOCK_N, BLOCK_M))
     else:
         bits = tl.load(tile_ptr + (row[:, None] * words + word[None, :]))
-        # Of a score's column, a thread of the matrix unit's layout knows bits 1 and 2, and its
-        # registers the others: one shift a word, and constants to test with.
+        # In the tensor cores' layout, a thread fixes bits 1 and 2 of a score's column, and the
+        # register the other bits: one shift for each word, and constants to test with.
         shifted = bits[:, :, None] >> (bit & 6)[None, None, :]
         keep = tl.reshape(shifted & (1 << (bit & 25))[None, None, :], (BLOCK_M, BLOCK_N))
     return keep != 0
@@ -114,10 +114,10 @@ def _keep(
 
 @triton.jit
 def _not_empty(start, end):
-    """The end of a loop from `start` that runs at least once, and is known to.
+    """The end of a loop from `start`, such that the compiler knows that it runs at least once.
 
-    Else the sums are zeroed where it is skipped, beside products that may still be in flight, and
-    the compiler waits for every single product.
+    Else the compiler zeroes the sums where the loop is skipped; with products that may still be in
+    flight there, it waits for every single product.
     """
     end = tl.maximum(end, start + 1)
     tl.assume(start < end)
@@ -134,7 +134,7 @@ def _key_mask(key, first_key, Tk):
 
 @triton.jit
 def _first_masked(position, start, first_key, BLOCK_N: tl.constexpr):
-    """The first key of the tiles that some query from `position` on does not see all of."""
+    """The first key of the tiles that need a mask, for queries from `position` on."""
     if first_key is None:
         return tl.maximum((position + 1) // BLOCK_N * BLOCK_N, start)
     else:
@@ -216,7 +216,8 @@ def causal_attention_fwd_kernel(
         total = total * alpha + tl.sum(p, axis=1)
         if keep_bits_ptr is not None:
             keep = _keep(keep_bits_ptr, start_m, start_n, Tq, Tk, BLOCK_M, BLOCK_N, False)
-            # A zero in disguise: a plain one is chosen after the rounding, half word by half word.
+            # A zero that the compiler does not see: a plain one would be selected after the
+            # rounding, once for each 16-bit half of a register.
             p = tl.where(keep, p, tl.minimum(keep_scale, 0.0))
         v = _load_tile(v_ptr, start_n, v_strides[1], key_mask, BLOCK_N, D, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
@@ -356,7 +357,7 @@ def causal_attention_bwd_dq_kernel(
             k_strides[1], v_strides[1], scale * LOG2_E, D,
         )  # fmt: skip
         delta = tl.where(row + Tk - Tq < few + FEW_KEYS, exact, delta)
-    # Side by side, they are one load, which the threads share.
+    # Interleaved, so that the other kernel reads both with one load.
     pointers = lse_and_delta_ptr + (2 * first_row + (2 * row[:, None] + tl.arange(0, 2)[None, :]))
     tl.store(pointers, tl.join(lse, delta), mask=(row < Tq)[:, None])
 
@@ -443,8 +444,8 @@ def causal_attention_bwd_dkdv_kernel(
         row_mask = row < Tq
         if first_key is not None:
             row_mask &= position >= first_key
-        # Everything is transposed, so that P and dS are left operands, straight from registers. A
-        # row that does not exist or is padding has zeros for q, do, lse and delta, and adds zeros.
+        # Everything is transposed, so that P and dS are left operands, straight from registers.
+        # Rows that do not exist or are padding have q, do, lse and delta 0, and so add 0.
         q = _load_tile(q_ptr, start_m, q_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
         do = _load_tile(do_ptr, start_m, do_strides[1], row_mask, BLOCK_M, D, BLOCK_D)
         pointers = lse_and_delta_ptr + (2 * row[:, None] + tl.arange(0, 2)[None, :])
@@ -558,7 +559,7 @@ def _contiguous_strides(T: int, H: int, D: int) -> tuple[int, int, int]:
 def _forward(q, k, v, keep_bits, first_key, o, scale, dropout_p):
     B, Tq, H, D = q.shape
     q, k, v = _within_reach(q, k, v)
-    # The kernel takes the largest product for the largest score.
+    # The kernel takes its maximum before it scales, so the scale must be positive.
     if scale < 0:
         q, scale = -q, -scale
     scale = max(scale, SMALLEST_SCALE)

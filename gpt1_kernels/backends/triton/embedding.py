@@ -1,9 +1,9 @@
 """Token and position rows gathered, added and dropped in one pass; their gradients without atomics.
 
-Backward sorts the ids, so that the rows which one table row was read into form a run. Chunks of the
-sorted order, equal in size however often an id repeats, add up their part of each run. A run inside
-one chunk goes straight to its table row; of a run that crosses chunks, each chunk leaves a partial
-sum, and a second kernel adds these in order. Every grid follows from shapes alone.
+Backward sorts the ids, so that all rows of one id form a run. Chunks of the sorted order, equal in
+size however often an id repeats, add up their part of each run. The sum of a run inside one chunk
+goes straight to its table row; of a run that crosses chunks, each chunk leaves a partial sum, and a
+second kernel adds these in order. Every grid follows from shapes alone.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _undropped(
     dout_ptr, seed_ptr, row, row_mask, column, threshold, keep_scale, row_offset,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """fp32 (BLOCK_N, BLOCK_C), the gradient of these rows before the dropout; 0 where masked."""
+    """fp32 (BLOCK_N, BLOCK_C), the gradient with respect to dropout's input; 0 where masked."""
     mask = row_mask[:, None] & (column < C)[None, :]
     offset = row[:, None] * C + column[None, :]
     gradient = tl.load(dout_ptr + offset, mask=mask, other=0.0).to(tl.float32)

@@ -2,12 +2,12 @@
 
 Backward needs the pre-activation u, for gelu'(u), and gelu(u), for dW₂ = gelu(u)ᵀ dy. Forward
 writes both and keeps them. At N = 32768, C = 768, F = 3072 in a 2-byte type that is 201 MB more
-memory a layer than u alone, and the epilogue of dy W₂ᵀ need not write gelu(u) once more, which took
+memory a layer than u alone; it spares the epilogue of dy W₂ᵀ writing gelu(u) once more, which took
 an H100 a quarter of that product's time.
 
 The tanh is a sigmoid: gelu_tanh(u) = ½ u (1 + tanh z) = u σ(2z), which loses no digits for small u.
-But in fp32, each of its steps is one instruction: `tl.exp2` is, while `tl.exp` takes care of
-subnormal results, and the square of `tl.rsqrt` is a reciprocal to 22 bits.
+Except for fp32 tensors, each step of the sigmoid is one instruction: `tl.exp2` is, while `tl.exp`
+takes care of subnormal results, and the square of `tl.rsqrt` is a reciprocal to 22 bits.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Makes bf16 in Triton's interpreter what it is on a GPU, and the interpreter quick.
+"""Makes Triton's interpreter compute bf16 as a GPU does, and run faster.
 
 Imported only where the interpreter is on.
 
 Upstream (up to 3.9 at least) truncates fp32 to bf16, which loses twice as much as rounding, and
 multiplies the bit patterns of bf16 operands in `tl.dot` as if they were integers.
 
-Most of its time goes to the types of what a kernel computes, which are the same in every program,
-and to a check of 32-bit integers for overflow whose outcome it drops.
+Most of the interpreter's time goes to making the types of what a kernel computes, which are the
+same in every program, and to an overflow check of 32-bit integers whose outcome it drops.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _prepared: set = set()
 _np_dtypes: dict[str, np.dtype] = {}
 _block_types: dict[tuple, dict] = {}
 _tensors: dict[str, dict] = {}
-"""By their type's name: what instances of these types have in common."""
+"""By the name of a type: the attributes that all its instances share."""
 
 
 def _convert_float(data, input_dtype, output_dtype, rounding_mode):
@@ -55,7 +55,7 @@ def _create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
 
 
 def _multiplied(operand: TensorHandle) -> TensorHandle:
-    """The operand in fp32 if it is bf16: fp32 holds every value of those and every product."""
+    """The operand, in fp32 if it is bf16: fp32 holds every bf16 value and product exactly."""
     if operand.get_element_ty() != tl.bfloat16:
         return operand
     return TensorHandle(_widened(operand.data), tl.float32)

@@ -117,13 +117,13 @@ def row_tiles(C: int, elements_per_thread: int, fewest_warps: int = 4) -> RowTil
 
 @cache
 def layer_norm_fwd_tiles(C: int) -> RowTiles:
-    """Two rows of 768 columns to a warp: over 128 registers, where ptxas stops unless asked."""
+    """A warp with two rows of 768 columns needs over 128 registers, which ptxas must be allowed."""
     tiles = row_tiles(C, elements_per_thread=64, fewest_warps=1)
     return replace(tiles, maxnreg=min(255, 65536 // (32 * tiles.num_warps)))
 
 
 def attention_fwd_tiles(D: int, itemsize: int, device: torch.device) -> AttentionTiles:
-    """Small tiles, so that many programs share a processor and wait for different things."""
+    """Small tiles, so that many programs share a multiprocessor and hide each other's latency."""
     if itemsize == 4:
         return _fp32_attention_tiles(D)
     if D <= 64:
@@ -162,7 +162,7 @@ def _head_columns(D: int) -> int:
 
 @cache
 def chunk_tiles(C: int) -> ChunkTiles:
-    """Chunks of whole rows that leave a partial sum every 64, 32 elements a thread in flight."""
+    """Chunks of 64 whole rows, read with 32 elements a thread in flight."""
     rows = row_tiles(C, elements_per_thread=32)
     return ChunkTiles(64, rows.BLOCK_N, rows.BLOCK_C, rows.num_warps)
 
@@ -188,7 +188,7 @@ RUN_TILES = PartialTiles(BLOCK_P=64, BLOCK_C=64, num_warps=4)
 
 
 EXACT_TILES = ProductTiles(64, 128, 16, GROUP_M=8, num_warps=8, num_stages=3)
-"""For fp32, whose products the matrix units do not compute."""
+"""For fp32, whose products do not run on the tensor cores."""
 
 SMALL_TILES = ProductTiles(128, 128, 32, GROUP_M=8, num_warps=8, num_stages=4)
 """Fit every chip."""
@@ -197,21 +197,21 @@ LARGE_TILES = ProductTiles(128, 256, 64, GROUP_M=8, num_warps=8, num_stages=3)
 """For data-centre chips from compute capability 9.0, fewer bytes read for each product."""
 
 HALF_TILES = ProductTiles(128, 128, 64, GROUP_M=8, num_warps=4, num_stages=3)
-"""For the same chips, two programs to a processor: one multiplies during the other's epilogue."""
+"""For the same chips, two programs to a multiprocessor: one multiplies in the other's epilogue."""
 
 LARGE_TILES_SHARED_MEMORY = 210 * 1024
 
 LONG_SUM = 4096
-"""Sums of fewer terms are not split: their parts would weigh too much."""
+"""Sums of fewer terms are not split (split-K): writing and adding the parts would cost too much."""
 
 MOST_CHUNKS = 16
-"""Into which a sum is split."""
+"""The most into which a sum is split."""
 
 MOST_PARTS = 11_800_000
-"""Elements of the parts, 47 MB: with them, GPT-1's loss needs less than 400."""
+"""Elements of all parts, 47 MB: with them, GPT-1's loss needs less than 400 MB of workspace."""
 
 PART_STEPS = 16
-"""Steps along K in whose time a part is written, and read by the kernel that adds the parts."""
+"""The cost of writing a part and reading it to add the parts, in steps along K."""
 
 
 @cache
@@ -228,10 +228,9 @@ def product_tiles(
 
 @cache
 def split_terms(tiles: int, K: int, config: ProductTiles, device: torch.device) -> int:
-    """How many of a sum's K terms a program takes at a time; all of them unless it pays to split.
+    """Split-K: how many of a sum's K terms make a chunk; all of them unless it pays to split.
 
-    Where a long sum has so few tiles that they fill no whole waves of the chip, those of several
-    chunks of terms do.
+    It pays where a long sum has too few tiles to fill whole waves of programs.
     """
     steps = cdiv(K, config.BLOCK_K)
     if K < LONG_SUM:
@@ -249,8 +248,8 @@ def split_terms(tiles: int, K: int, config: ProductTiles, device: torch.device) 
 def chunk_rows(C: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows of logits exist at a time.
 
-    As many whole waves of tiles of the narrowest product, (rows, V) @ (V, C), as CHUNK_BYTES hold.
-    Where they do not hold one wave, that product splits its sums, and as many tiles as they hold.
+    As many as fit CHUNK_BYTES, in whole waves of tiles of the narrowest product,
+    (rows, V) @ (V, C); where not even one wave fits, in whole tiles, and that product is split-K.
     """
     tiles = product_tiles(dtype, device)
     row_bytes = padded_vocabulary(V) * dtype.itemsize
@@ -262,8 +261,8 @@ def chunk_rows(C: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
 def reads_in_bulk(x: Tensor, columns: int, stride_r: int, stride_c: int) -> bool:
     """Whether the matrix that x stores row-major is read by tensor descriptors, not by pointers.
 
-    They need the bulk copy engine, rows that start at multiples of 16 bytes and do not overlap.
-    The fp32 products, bound by arithmetic, do without.
+    They need TMA, and rows that start at multiples of 16 bytes and do not overlap. The fp32
+    products, bound by arithmetic, do without.
     """
     return (
         has_bulk_copies(x.device)
@@ -277,7 +276,7 @@ def reads_in_bulk(x: Tensor, columns: int, stride_r: int, stride_c: int) -> bool
 
 
 def resident_programs(tiles: int, per_processor: int, device: torch.device) -> int:
-    """The size of a grid whose programs walk over `tiles`, in one wave of `per_processor` each."""
+    """The grid of a persistent kernel: at most `per_processor` programs on each multiprocessor."""
     return min(tiles, per_processor * processors(device))
 
 
@@ -305,7 +304,7 @@ def is_hopper(device: torch.device) -> bool:
 
 @cache
 def has_bulk_copies(device: torch.device) -> bool:
-    """Whether the chip has the bulk copy engine that tensor descriptors use."""
+    """Whether the chip has TMA, the engine that copies tiles by tensor descriptors."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -335,7 +334,8 @@ def _current(index: int) -> AbstractContextManager:
     if index != torch.cuda.current_device():
         return torch.cuda.device(index)
     if not hasattr(_thread, "has_context"):
-        # Until a thread has launched something it has none, but Triton makes tensor maps before.
+        # A thread gets its CUDA context with its first launch, but Triton needs one before that,
+        # to make tensor maps.
         torch.cuda.set_device(index)
         _thread.has_context = True
     return _AS_IT_IS

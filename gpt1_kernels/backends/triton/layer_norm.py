@@ -38,8 +38,8 @@ def _load_columns(ptr, column, column_mask):
 def _mean(x, C: tl.constexpr):
     """(BLOCK_N, 1), the mean of each row whose elements beyond C are 0.
 
-    The quotient is rounded correctly: the mean of equal elements is that element, where the sum of
-    so many is exact, as it is of 16-bit ones.
+    The quotient is rounded correctly, so the mean of equal elements is that element wherever their
+    sum is exact, as it is for 16-bit ones.
     """
     total = tl.sum(x, axis=1, keep_dims=True)
     return tl.div_rn(total, tl.full(total.shape, C, tl.float32))
@@ -96,7 +96,7 @@ def layer_norm_fwd_kernel(
 
         mean = _mean(total, C)
         centred = tl.where(column_mask[None, :], total - mean, 0.0)
-        if y_ptr.dtype.element_ty == tl.float32:  # what the sum has lost may exceed the deviations
+        if y_ptr.dtype.element_ty == tl.float32:  # the sum's rounding may exceed the deviations
             left = _mean(centred, C)
             mean += left
             centred = tl.where(column_mask[None, :], centred - left, 0.0)

@@ -2,11 +2,11 @@
 
 A chunk's logits are written once, by the product h Wᵀ. The kernel turns a row of them into its loss
 and, where a gradient is asked for, overwrites it with that gradient, from which two more products
-give dh and add to dW. A row of GPT-1's vocabulary does not fit one program, which so reads it twice
-(the rows in flight are few enough for the second read to find them in L2) and writes it once.
+give dh and add to dW. A row of GPT-1's vocabulary does not fit the registers of a program, which so
+reads it twice (few enough rows are in flight for the second read to hit L2) and writes it once.
 
 At GPT-1's shape (N=32768, C=768, V=40478, bf16) a chunk has 2816 rows. Its logits take 228 MB, the
-fp32 sum of dW 124 MB and the parts of a product with split sums at most 47 MB, as many as the chip
+fp32 sum of dW 124 MB and the partial sums of a split-K product at most 47 MB, as many as the chip
 has use for: a workspace below 400 MB, where all logits would take 2.7 GB.
 """
 
@@ -32,7 +32,7 @@ from gpt1_kernels.errors import error_record
 
 @triton.jit
 def _exp(x):
-    """exp(x) of x ≤ 0. The difference of two logits is scaled, not each: theirs loses no digit."""
+    """exp(x) of x ≤ 0. Two logits' difference loses no digit, so that is scaled, and not each."""
     return tl.exp2(x * 1.4426950408889634)
 
 
@@ -76,11 +76,11 @@ def cross_entropy_kernel(
     counted = target != ignore_index
     in_range = (target >= 0) & (target < V)
     used = counted & in_range
-    # Read here: the second pass overwrites it, and the reductions between are barriers.
+    # Read before the second pass overwrites it; the reductions in between are barriers.
     target_logit = tl.load(row_ptr + target, mask=used, other=float("-inf")).to(tl.float32)
     label = tl.where(used, target, -1).to(tl.int32)
 
-    # The sum leaves the target out: of a confident token, only the others' share has digits left.
+    # Without the target: where it has almost all probability, 1 − p loses the others' digits.
     largest = tl.full((), float("-inf"), dtype=tl.float32)
     others = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for first in range(0, columns, BLOCK_V):
@@ -163,7 +163,7 @@ def linear_cross_entropy_bwd(
     weight = dloss
     if token_weight is not None:
         weight = torch.where(token_weight == 0, 0, token_weight * dloss)
-    # From the logits alone: of logits of 10⁴, exp(logit − lse) of a saved lse would have 11 bits.
+    # Softmax anew, and not from a saved lse: with logits of 10⁴, exp(logit − lse) has 11 bits.
     dh, dw = _by_chunks(h, w, targets, weight, ignore_index, needs, None)
     return dh, dw.to(w.dtype)
 

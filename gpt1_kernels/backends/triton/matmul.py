@@ -2,19 +2,19 @@
 
 `product` multiplies and hands each finished tile to an epilogue, a function under `triton.jit` that
 may add a bias, apply a GELU or take sums, and that stores. It is given the tile as strips of
-columns, which spares registers. Programs stay resident and walk over the tiles, in groups of rows
-so that neighbours share their operands in the L2 cache.
+columns, which spares registers. The kernel is persistent: its programs walk over the tiles, in
+groups of rows so that neighbours share their operands in the L2 cache.
 
 An operand is stored row-major, (rows, columns), as itself or as its transpose: TRANSPOSED says
-which. It is passed as a tensor descriptor, which the bulk copy engine of compute capability 9.0 and
-later reads, or else as (pointer, columns, stride between rows): BULK says which.
+which. It is passed as a tensor descriptor, by which TMA (compute capability 9.0 and later) copies
+tiles, or else as (pointer, columns, stride between rows): BULK says which.
 
 A sum over many terms with few tiles to fill the chip (a weight's gradient) is cut into chunks of
-terms. Programs work on all tiles of a chunk before the next chunk, so that its operands are read
-from memory once and then found in the L2 cache, and leave each part in a workspace; a second kernel
-adds a tile's parts in order, which makes two runs bit-equal. (Shares that cross the borders of
-tiles, as in Stream-K (Osama et al. 2023), make fewer parts, but every program is then at another
-place along K: on an H100 that took 1.6 times as long.)
+terms (split-K). Programs work on all tiles of a chunk before the next chunk, so that its operands
+are read from memory once and then found in the L2 cache, and leave each part in a workspace; a
+second kernel adds a tile's parts in order, which makes two runs bit-identical. (Stream-K (Osama et
+al. 2023), whose shares cross the borders of tiles, makes fewer parts, but every program is then at
+another place along K: on an H100 that took 1.6 times as long.)
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def matmul_kernel(
     GROUP_M: tl.constexpr,
 ):
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    # Flattened, the loops load a tile's first operands while the tile before is being stored.
+    # Flattened into one loop, so that a tile's first operands load while the last tile is stored.
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(program, tiles, programs, flatten=True):
         first_m, first_n = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -258,7 +258,7 @@ def product(
             of STRIP columns, side by side; columns beyond N are 0.
         tensors: what it reads and writes. The first is (M, N) and row-major; all others of this
             shape have its strides.
-        long_epilogue: whether the epilogue takes as long as the product.
+        long_epilogue: whether the epilogue takes about as long as the product.
     """
     (M, N), K = tensors[0].shape, b.shape[0]
     if M == 0 or N == 0:
@@ -274,7 +274,7 @@ def product(
     tile_count = cdiv(M, tiles.BLOCK_M) * cdiv(N, tiles.BLOCK_N)
     chunk = split_terms(tile_count, K, tiles, device)
     if chunk >= K:
-        per_processor = 8 // tiles.num_warps  # whose registers hold eight warps' tiles
+        per_processor = 8 // tiles.num_warps  # its registers hold the tiles of eight warps
         programs = resident_programs(tile_count, per_processor, device)
         launch(
             matmul_kernel, (programs,), tiles,

@@ -21,7 +21,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def philox_block(seed_ptr, row, block):
-    """The four words of the blocks (row, block), which broadcast: eight values of 16 bits each.
+    """The four words, eight 16-bit values, of each block (row, block); the two broadcast.
 
     Word k holds value 2k in its low half and value 2k + 1 in its high half.
     """
@@ -40,7 +40,7 @@ def keep_mask(seed_ptr, row, threshold, BLOCK_C: tl.constexpr):
     """
     block = tl.arange(0, BLOCK_C // 8)
     w0, w1, w2, w3 = philox_block(seed_ptr, row[:, None], block[None, :])
-    # The axes that join appends count, from the last, the bits of column mod 8.
+    # Each join appends an axis of 2; from the last axis on, these are the bits of column mod 8.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_N, BLOCK_C // 8, 2, 2)
     values = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(values >= threshold, (row.shape[0], BLOCK_C))
