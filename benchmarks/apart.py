@@ -30,6 +30,7 @@ class Outcome:
     found: list[dict]
     problem: str | None
     seconds: float
+    timed_out: bool = False
 
 
 def end_with_parent() -> None:
@@ -56,10 +57,11 @@ def run_apart(arguments: Sequence[str], seconds: float, cwd: Path) -> Outcome:
             [sys.executable, *arguments, lines.name],
             cwd=cwd, stderr=errors, start_new_session=True,
         )  # fmt: skip
+        timed_out = False
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            problem = f"it took longer than {seconds:.0f} s"
+            problem, timed_out = f"it took longer than {seconds:.0f} s", True
         else:
             errors.seek(0)
             problem = _why(code, errors.read())
@@ -68,7 +70,8 @@ def run_apart(arguments: Sequence[str], seconds: float, cwd: Path) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         whole = [line for line in lines if line.endswith("\n")]
-    return Outcome([json.loads(line) for line in whole], problem, time.monotonic() - start)
+    found = [json.loads(line) for line in whole]
+    return Outcome(found, problem, time.monotonic() - start, timed_out)
 
 
 def _why(code: int, errors: str) -> str | None:

@@ -5,7 +5,8 @@
 
 takes eight minutes at most and writes a folder, benchmarks/records/<date>_<gpu>/: `results.json`
 with every round of everything, `README.md` with the targets, tables and pictures. With --only what
-is measured replaces what the folder has of it. A part that fails is reported, and the others run.
+is measured replaces what the folder has of it, unless time ran out. A part that fails is reported,
+and the others run.
 What compiles for long is compiled by rehearsals of the later parts, beside the parity tests; with
 --only they are parts like the others.
 
@@ -67,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             outcomes = run_together(names, options.device, left)
         for name, outcome in outcomes.items():
+            if outcome.timed_out and results["parts"].get(name, {"problem": ""})["problem"] is None:
+                print(f"{name}: {outcome.problem}, so its earlier results stay", file=sys.stderr)
+                continue
             results["parts"][name] = {
                 "commit": options.commit, "date": str(date.today()), "seconds": outcome.seconds,
                 "problem": outcome.problem, "found": outcome.found, "machine": facts,

@@ -15,7 +15,7 @@ if torch.cuda.is_available():
     pytest.skip("the report itself runs here", allow_module_level=True)
 
 from benchmarks import gpu_report, record, report_parts
-from benchmarks.apart import run_apart
+from benchmarks.apart import Outcome, run_apart
 from benchmarks.report_page import markdown, write_page
 from benchmarks.report_parts import PARTS, ROOT, TINY
 from benchmarks.targets import TARGETS, Measured
@@ -139,6 +139,19 @@ def test_a_part_that_is_not_run_keeps_what_it_found_before(tmp_path, monkeypatch
     stub(monkeypatch, ceilings=lambda plan, emit: time.sleep(0.2))
     _, found = report(tmp_path, "--minutes", "0.001", "--only", "ceilings", "layer_norm")
     assert found["parts"]["layer_norm"] == before["parts"]["layer_norm"]
+
+
+def test_a_part_that_runs_out_of_time_replaces_none_that_did_not(tmp_path, monkeypatch, capsys):
+    late = Outcome([{"found": 2}], "it took longer than 3 s", 3.0, timed_out=True)
+    whole = Outcome([{"found": 1}], None, 1.0)
+    for outcome, kept in ((late, late), (whole, whole), (late, whole)):
+        monkeypatch.setattr(gpu_report, "run_together", lambda *_, o=outcome: {"layer_norm": o})
+        _, found = report(tmp_path, "--only", "layer_norm")
+        assert found["parts"]["layer_norm"]["found"] == kept.found
+    assert (
+        "layer_norm: it took longer than 3 s, so its earlier results stay"
+        in capsys.readouterr().err
+    )
 
 
 def test_parts_that_time_nothing_run_beside_each_other_alone(tmp_path, monkeypatch):
