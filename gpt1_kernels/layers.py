@@ -35,10 +35,6 @@ class Conv1D(nn.Module):
         weight, bias = self.cast or (self.weight, self.bias)
         return linear(x, weight.t(), bias)
 
-    def without_bias(self, x: Tensor) -> Tensor:
-        """The bare product, for a bias that is fused into what follows."""
-        return linear(x, self.product_weight.t())
-
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with fused softmax and dropout.
@@ -133,13 +129,18 @@ class GeluFFN(nn.Module):
         self.c_fc = Conv1D(n_embd, n_hidden) if c_fc is None else c_fc
         self.c_proj = Conv1D(n_hidden, n_embd) if c_proj is None else c_proj
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the fused op reads the projections, or else they are called."""
+        return is_affine(self.c_fc) and is_affine(self.c_proj) and self.c_fc.bias is not None
+
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """(..., C) → (..., C); without add_bias the output bias is left to what follows.
 
         Raises:
             ValueError: the output bias cannot be left out of a projection that is called.
         """
-        if not (_is_affine(self.c_fc) and _is_affine(self.c_proj)) or self.c_fc.bias is None:
+        if not self.is_fused:
             called = (
                 f"{type(self.c_fc).__name__} and {type(self.c_proj).__name__} with hooks, without "
                 "a bias, with a forward of their own or a weight that is no plain tensor"
@@ -212,7 +213,14 @@ class LinearCrossEntropyLoss(nn.Module):
         )  # fmt: skip
 
 
-def _is_affine(projection: nn.Module) -> bool:
+def product_and_bias(projection: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x W and b, for b to be fused into what follows; None for b if the projection is called."""
+    if not is_affine(projection):
+        return projection(x), None
+    return linear(x, _in_out(projection).t()), projection.bias
+
+
+def is_affine(projection: nn.Module) -> bool:
     """Whether it is x W + b and nothing more, unlike with LoRA, pruning or quantisation."""
     forwards = (Conv1D.forward, nn.Linear.forward)
     replaced = "forward" in projection.__dict__ or type(projection).forward not in forwards

@@ -20,7 +20,12 @@ from gpt1_kernels.ahead import draw_ahead, draws_ahead
 from gpt1_kernels.cache import KeyValueCache, LayerCache
 from gpt1_kernels.config import GPT1Config
 from gpt1_kernels.generation import GenerationMixin
-from gpt1_kernels.layers import CausalSelfAttention, DropoutAddLayerNorm, GeluFFN
+from gpt1_kernels.layers import (
+    CausalSelfAttention,
+    DropoutAddLayerNorm,
+    GeluFFN,
+    product_and_bias,
+)
 from gpt1_kernels.pretrained import PretrainedMixin
 from gpt1_kernels.rng import (
     EMBEDDING_SITE,
@@ -117,20 +122,19 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # (B, T, C), both
         s_attn, s_first, s_second = [None if seeds is None else seeds[s] for s in self.sites]
         a = self.attn.attend(h, s_attn, row_offset, first_key, cache, keep_bits)
-        a = self.attn.c_proj.without_bias(a)
-        n, residual = self.ln_1(
-            a, residual, s_first, row_offset, x_bias=self.attn.c_proj.bias, fork=True
-        )
-        m = self.mlp(n, add_bias=False)
-        h = self.ln_2(m, residual, s_second, row_offset, x_bias=self.mlp.c_proj.bias, fork=fork)
+        a, bias = product_and_bias(self.attn.c_proj, a)
+        n, residual = self.ln_1(a, residual, s_first, row_offset, x_bias=bias, fork=True)
+        fused = self.mlp.is_fused
+        m, bias = self.mlp(n, add_bias=not fused), self.mlp.c_proj.bias if fused else None
+        h = self.ln_2(m, residual, s_second, row_offset, x_bias=bias, fork=fork)
         return h if fork else (h, h)
 
 
 class GPT1Model(nn.Module, PretrainedMixin):
     """The transformer without a head.
 
-    Hooks on the embeddings, `attn` and `attn.c_proj` do not run: their weights, or parts of them,
-    are what the fused ops take.
+    Hooks on the embeddings and on `attn` do not run: their weights, or parts of them, are what the
+    fused ops take.
 
     Args:
         config: the shape; weights are drawn N(0, initializer_range) from the default generator.

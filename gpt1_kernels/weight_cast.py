@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gpt1_kernels.layers import Conv1D
+from gpt1_kernels.layers import Conv1D, is_affine
 
 
 class _CastTogether(torch.autograd.Function):
@@ -41,6 +41,8 @@ def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tens
 def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, the products of every `Conv1D` read weights that were cast once, in one call.
 
+    Not of one with hooks, which may prepare its weight when it is called, as pruning does.
+
     The results are those of autocast, bit for bit: gradients are cast back at each backward, and
     summed in the parameters' dtype. Leave the context before the parameters change.
 
@@ -48,7 +50,10 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         model: whatever contains the modules.
         dtype: that of the autocast region in which the model runs.
     """
-    modules = [m for m in model.modules() if isinstance(m, Conv1D) and m.weight.dtype != dtype]
+    modules = [
+        m for m in model.modules()
+        if isinstance(m, Conv1D) and is_affine(m) and m.weight.dtype != dtype
+    ]  # fmt: skip
     parameters = [p for m in modules for p in (m.weight, m.bias)]
     cast = iter(_CastTogether.apply(dtype, *parameters) if modules else ())
     for module in modules:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from gpt1_kernels import (
     GPT1DoubleHeadsModel,
@@ -15,6 +16,7 @@ from gpt1_kernels import (
     use_backend,
 )
 from gpt1_kernels.rng import keep_mask
+from gpt1_kernels.weight_cast import cast_once
 from tests.cases import DEVICE, assert_same, backends_of
 from tests.models import T, V, config, randomised, tokens, with_dropout
 
@@ -329,6 +331,24 @@ def test_hidden_states_have_whole_gradients():
     last, _ = model.h[1](h, h, None, 0, None)
     (expected,) = torch.autograd.grad(last.square().sum(), h)
     assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("name", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
+def test_hooks_on_projections_run(name):
+    """As those of pruning, which prepare the weight of every update anew."""
+    model, ids = randomised(GPT1LMHeadModel(config())), tokens(2, T)
+    projection = model.transformer.h[0].get_submodule(name)
+    prune.random_unstructured(projection, "weight", 0.5)
+    for _ in range(2):
+        with torch.autocast(DEVICE, torch.bfloat16), cast_once(model, torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        (gradient,) = torch.autograd.grad(loss, projection.weight_orig)
+        assert not gradient[projection.weight_mask == 0].any()
+        with torch.no_grad():
+            projection.weight_orig -= gradient
+    actual = model(ids, labels=ids).loss
+    prune.remove(projection, "weight")
+    torch.testing.assert_close(actual, model(ids, labels=ids).loss)
 
 
 @pytest.mark.parametrize("backend", backends_of("dropout_add_layer_norm"))
