@@ -6,7 +6,8 @@
 namespace gpt1 {
 
 /// A warp owns 32 rows and 128 columns, a thread four words of a row: 16 bytes where rows are aligned
-/// to them. So all lanes, or nearly, are on one side of the diagonal of a causal mask.
+/// to them. So all lanes, or nearly, are on one side of the diagonal of a causal mask, above which
+/// nothing is drawn.
 struct DropoutMask {
     struct Params {
         Global<std::uint32_t> bits;  // (all_rows, words)
@@ -19,17 +20,19 @@ struct DropoutMask {
     };
     static constexpr const char* kName = "dropout_mask";
     static constexpr int kThreads = 128;
-    static constexpr int kBlocksPerProcessor = 8;
+    static constexpr int kBlocksPerProcessor = 7;
     static constexpr int kMaxSharedBytes = 0;
 
     __device__ static void run(const Params& p) {
         const std::int64_t warp = block_index() * (kThreads / 32) + warp_index();
         const std::int64_t row = warp / p.quads * 32 + lane_index(), first_word = warp % p.quads * 4;
-        if (row >= p.all_rows || first_word * 32 > row % p.rows + p.last_column) return;
+        if (row >= p.all_rows) return;
+        const std::int64_t last_column = row % p.rows + p.last_column;  // that is needed
+        if (first_word * 32 > last_column) return;
         const DropoutStream stream(p.seed);
         Vector<std::uint32_t, 4> words;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = draw_word(p, stream, first_word + i, row);
+        for (int i = 0; i < 4; ++i) words[i] = draw_word(p, stream, first_word + i, row, last_column);
         const std::int64_t offset = row * p.words + first_word;
         if (p.words % 4 == 0) {
             p.bits.store_vector(offset, words);
@@ -40,7 +43,9 @@ struct DropoutMask {
     }
 
     __device__ static std::uint32_t draw_word(
-        const Params& p, const DropoutStream& stream, std::int64_t word, std::int64_t row) {
+        const Params& p, const DropoutStream& stream, std::int64_t word, std::int64_t row,
+        std::int64_t last_column) {
+        if (word * 32 > last_column) return 0;
         std::uint32_t bits = 0;
 #pragma unroll
         for (int octet = 0; octet < 4; ++octet) {
