@@ -53,7 +53,7 @@ FAMILIES = {
     ),
     "dropout_mask": Family(
         "dropout_mask", ("dropout_mask_kernel",), "BIT_TILES", launch.BitTiles,
-        {"BLOCK_R": (32, 64, 128, 256), "BLOCK_W": (4, 8), "num_warps": (2, 4, 8)},
+        {"BLOCK_R": (32, 64, 128, 256), "BLOCK_W": (2, 4, 8), "num_warps": (1, 2, 4, 8)},
     ),
     "embedding_fwd": _rows("embedding", "embedding_fwd_kernel"),
     "embedding_positions": _rows("embedding", "embedding_bwd_positions_kernel"),
