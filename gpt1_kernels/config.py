@@ -17,7 +17,7 @@ ALIASES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-"""Other names that `transformers` reads."""
+"""Other names that `transformers` reads; a configuration has them as attributes too."""
 
 
 @dataclass
@@ -48,11 +48,11 @@ class GPT1Config:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_head"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
-        if self.n_layer < 0:
-            raise ValueError(f"n_layer: {self.n_layer}, expected at least 0")
+        least = {"vocab_size": 1, "n_positions": 1, "n_embd": 1, "n_head": 1, "n_layer": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name}: {value!r}, expected an integer of at least {minimum}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd: {self.n_embd}, expected a multiple of n_head {self.n_head}")
         if self.afn != "gelu":
@@ -60,6 +60,11 @@ class GPT1Config:
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected a probability in [0, 1]")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ALIASES:
+            return getattr(self, ALIASES[name])
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPT1Config:

@@ -27,7 +27,7 @@ from gpt1_kernels.model import (
     GPT1LMHeadModel,
     GPT1Model,
 )
-from gpt1_kernels.pretrained import CONFIG, WEIGHTS, PretrainedMixin
+from gpt1_kernels.pretrained import WEIGHTS, PretrainedMixin, config_values
 
 SHAPES, PARTS, ARRAYS_PER_LAYER = "params_shapes.json", 10, 12
 TOKENIZER = "tokenizer.json"
@@ -246,7 +246,7 @@ def _model_class(folder: Path) -> type[PretrainedMixin]:
         return GPT1ForSequenceClassification
     if "multiple_choice_head" in heads:
         return GPT1DoubleHeadsModel
-    bare = _json(folder / CONFIG).get("architectures") == ["OpenAIGPTModel"]
+    bare = config_values(folder).get("architectures") == ["OpenAIGPTModel"]
     return GPT1Model if bare else GPT1LMHeadModel
 
 

@@ -69,6 +69,12 @@ class ModelOutput(OrderedDict):
     def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is None:
+            self.pop(name, None)
+        else:
+            self[name] = value
+
     def to_tuple(self) -> tuple:
         """The values that are not None, in order."""
         return tuple(self.values())
@@ -138,12 +144,20 @@ class GPT1Model(nn.Module, PretrainedMixin):
 
     Args:
         config: the shape; weights are drawn N(0, initializer_range) from the default generator.
+
+    Raises:
+        TypeError: a configuration of `transformers`, whose activation could be another.
     """
 
     block_class: type[nn.Module] = Block
 
     def __init__(self, config: GPT1Config):
         super().__init__()
+        if not isinstance(config, GPT1Config):
+            raise TypeError(
+                f"config: {type(config).__name__}, expected GPT1Config, such as "
+                "GPT1Config.from_dict(config.to_dict())"
+            )
         self.config = config
         self.tokens_embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions_embed = nn.Embedding(config.n_positions, config.n_embd)
@@ -168,10 +182,10 @@ class GPT1Model(nn.Module, PretrainedMixin):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool | None = None,
         *,
-        output_attentions: bool = False,
         dropout_seeds: Tensor | None = None,
         row_offset: int = 0,
         cache: KeyValueCache | None = None,
@@ -311,8 +325,12 @@ class GPT1Model(nn.Module, PretrainedMixin):
         """Keeps only the blocks' inputs and recomputes the rest, whatever options are given."""
         self.gradient_checkpointing = True
 
+    def gradient_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing = False
+
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
         """Cuts the token table, or grows it by rows drawn N(0, initializer_range)."""
+        config = replace(self.config, vocab_size=vocab_size)  # refuses what is no size
         old = self.tokens_embed.weight
         new = nn.Embedding(vocab_size, old.shape[1], device=old.device, dtype=old.dtype)
         nn.init.normal_(new.weight, std=self.config.initializer_range)
@@ -320,8 +338,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
         with torch.no_grad():
             new.weight[:kept] = old[:kept]
         new.weight.requires_grad_(old.requires_grad)
-        self.tokens_embed = new
-        self.config = replace(self.config, vocab_size=vocab_size)
+        self.tokens_embed, self.config = new, config
         return new
 
 
@@ -348,6 +365,9 @@ class _Headed(nn.Module, PretrainedMixin):
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """See `GPT1Model.gradient_checkpointing_enable`."""
         self.transformer.gradient_checkpointing_enable()
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.transformer.gradient_checkpointing_disable()
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
         """See `GPT1Model.resize_token_embeddings`; the tied output matrix follows."""
@@ -382,6 +402,7 @@ class GPT1LMHeadModel(_Headed, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -401,7 +422,7 @@ class GPT1LMHeadModel(_Headed, GenerationMixin):
         """
         output = self.transformer(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_hidden_states, **kwargs,
+            output_attentions, output_hidden_states, **kwargs,
         )  # fmt: skip
         h = output.last_hidden_state
         loss = None if labels is None else self._language_model_loss(h, labels, attention_mask)
@@ -458,6 +479,7 @@ class GPT1DoubleHeadsModel(_Headed):
         mc_token_ids: Tensor | None = None,
         labels: Tensor | None = None,
         mc_labels: Tensor | None = None,
+        output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool | None = None,
         *,
@@ -481,14 +503,16 @@ class GPT1DoubleHeadsModel(_Headed):
             dropout_seeds = self.dropout_stream.advance()
         output = self.transformer(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_hidden_states, dropout_seeds=dropout_seeds, row_offset=row_offset, **kwargs,
+            output_attentions, output_hidden_states, dropout_seeds=dropout_seeds,
+            row_offset=row_offset, **kwargs,
         )  # fmt: skip
         h = output.last_hidden_state
         seed = dropout_seeds[-1] if drops else None
         mc_logits = self.multiple_choice_head(h, mc_token_ids, seed, row_offset // h.shape[-2])
         mc_loss = None
         if mc_labels is not None:
-            mc_loss = cross_entropy(mc_logits.flatten(0, -2).float(), mc_labels.flatten())
+            choices = mc_logits.reshape(-1, mc_logits.shape[-1])
+            mc_loss = cross_entropy(choices.float(), mc_labels.flatten())
         keep_logits = return_logits or labels is None or not self.training
         result = ModelOutput(
             loss=None if labels is None else self._language_model_loss(h, labels, attention_mask),
@@ -516,6 +540,7 @@ class GPT1ForSequenceClassification(_Headed):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -534,7 +559,7 @@ class GPT1ForSequenceClassification(_Headed):
         """
         output = self.transformer(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_hidden_states, **kwargs,
+            output_attentions, output_hidden_states, **kwargs,
         )  # fmt: skip
         h = output.last_hidden_state
         logits = self.score(h[torch.arange(h.shape[0], device=h.device), self._last(input_ids, h)])
@@ -558,9 +583,11 @@ class GPT1ForSequenceClassification(_Headed):
         problem = self.config.problem_type
         if problem == "regression" or (problem is None and self.config.num_labels == 1):
             return mse_loss(logits.squeeze(-1), labels.view_as(logits.squeeze(-1)).float())
-        if problem == "single_label_classification" or not labels.is_floating_point():
-            return cross_entropy(logits, labels.flatten())
-        return bce_with_logits(logits, labels)
+        if problem == "multi_label_classification" or (
+            problem is None and labels.is_floating_point()
+        ):
+            return bce_with_logits(logits, labels.float())
+        return cross_entropy(logits, labels.flatten())
 
 
 def _bring_dropout_stream(model: GPT1Model, _: object) -> None:

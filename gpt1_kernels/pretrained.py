@@ -29,14 +29,23 @@ def read_config(folder: str | Path, **overrides) -> GPT1Config:
         raise TypeError(
             f"{', '.join(sorted(unknown))}: expected keys among {', '.join(sorted(_OVERRIDES))}"
         )
+    values = config_values(folder)
+    if "id2label" in overrides:
+        values.pop("num_labels", None)
+    extra = overrides.pop("extra", {})
+    return GPT1Config.from_dict({**values, **extra, **overrides})
+
+
+def config_values(folder: str | Path) -> dict[str, Any]:
+    """The content of a model folder's `config.json`; errors as of `from_pretrained`."""
     file = _required(folder, CONFIG)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not JSON, {error}") from None
-    if "id2label" in overrides:
-        values.pop("num_labels", None)
-    return GPT1Config.from_dict({**values, **overrides})
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: {type(values).__name__}, expected an object")
+    return values
 
 
 def _required(folder: str | Path, name: str) -> Path:
@@ -67,7 +76,7 @@ class PretrainedMixin:
 
         Args:
             dtype: of the parameters; by default PyTorch's default, whatever that of the file.
-            overrides: values that replace the configuration's.
+            overrides: values that replace the configuration's; `extra`, those of other keys.
 
         Raises:
             TypeError: a value that no configuration has.
@@ -123,11 +132,14 @@ class PretrainedMixin:
         """Loads weights named as in `transformers`, with or without the `transformer.` prefix.
 
         The tied table is accepted under either of its names; a backbone alone may be loaded into a
-        model with a head of its own, whose weights then keep their values.
+        model with a head of its own, whose weights then keep their values. A model without one
+        leaves out the head of another.
         """
         own = self.state_dict()
         state = _canonical(state, prefixed=_TABLE in own)
         heads = {k for k in own if k.startswith(_HEADS)}
+        if not heads:
+            state = {k: v for k, v in state.items() if not k.startswith(_HEADS)}
         if not heads & set(state):
             state.update({k: own[k] for k in heads})
         missing, unexpected = sorted(own.keys() - state), sorted(state.keys() - own)
@@ -157,8 +169,6 @@ def _canonical(state: Mapping[str, Tensor], prefixed: bool) -> dict[str, Tensor]
         if prefixed and not name.startswith(("transformer.", *_HEADS)):
             name = f"transformer.{name}"
         if not prefixed:
-            if name.startswith(_HEADS):
-                continue
             name = name.removeprefix("transformer.")
         if name in renamed and not torch.equal(renamed[name], tensor):
             raise ValueError(f"{name}: two tensors that differ, expected one that the head shares")

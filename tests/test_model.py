@@ -119,6 +119,8 @@ def test_row19_checkpointing_changes_no_gradient(autocast):
     again, actual = run()
     assert torch.equal(loss, again)
     assert_same(actual, expected)
+    model.gradient_checkpointing_disable()
+    assert not model.transformer.gradient_checkpointing
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -154,6 +156,17 @@ def test_the_output_is_read_by_attribute_index_and_key():
     assert [type(x) for x in model(ids, labels=ids, return_dict=False)] == [torch.Tensor] * 2
     with pytest.raises(AttributeError, match="has no 'logit'"):
         _ = out.logit
+
+
+def test_a_value_set_by_attribute_is_found_by_key_and_index():
+    """The Trainer reads `output["loss"]`, to which others have added by attribute."""
+    model, ids = randomised(GPT1LMHeadModel(config())).eval(), tokens(1, 5)
+    out = model(ids, labels=ids)
+    out.loss = out.loss + 1
+    assert out.loss is out["loss"] is out[0]
+    out.logits = None
+    assert out.to_tuple() == (out.loss,)
+    assert out.logits is None
 
 
 def test_logits_in_training_only_on_request():
@@ -247,6 +260,15 @@ def test_the_kind_of_problem_outranks_the_number_of_labels():
     torch.testing.assert_close(output.loss, -output.logits.sigmoid().log().mean())
 
 
+def test_a_stated_problem_outranks_the_dtype_of_the_labels():
+    settings = {"num_labels": 3, "problem_type": "multi_label_classification", "pad_token_id": 0}
+    model, ids = randomised(GPT1ForSequenceClassification(config(**settings))), tokens(2, 5)
+    labels = torch.tensor([[1, 0, 1], [0, 0, 1]], device=DEVICE)
+    assert model(ids, labels=labels).loss == model(ids, labels=labels.float()).loss
+    with pytest.raises(ValueError, match="Target size"):
+        model(ids, labels=labels[:, 0])
+
+
 def test_embeddings_in_place_of_ids_take_token_types_too():
     model, ids = randomised(GPT1Model(config())).eval(), tokens(2, T)
     embeds = model.tokens_embed(ids)
@@ -288,6 +310,8 @@ def test_resized_embeddings_keep_the_old_rows(size):
     assert torch.equal(table.weight[:kept], old[:kept])
     table.weight.requires_grad_(False)
     assert not model.resize_token_embeddings(size).weight.requires_grad
+    with pytest.raises(ValueError, match="vocab_size: 0, expected"):
+        model.resize_token_embeddings(0)
     after = model(ids).logits
     assert after.shape[-1] == size
     torch.testing.assert_close(after[..., :kept], before[..., :kept])

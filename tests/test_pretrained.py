@@ -1,5 +1,6 @@
 """Model folders: what is accepted, what is refused, and under which name."""
 
+import copy
 import json
 import pickle
 
@@ -17,6 +18,8 @@ from gpt1_kernels import (
     GPT1TaskModel,
     pretrained,
 )
+from gpt1_kernels.convert import convert
+from gpt1_kernels.task_model import HEAD_KEY
 from tests.models import config, randomised, tokens
 
 TABLE = "transformer.tokens_embed.weight"
@@ -83,6 +86,18 @@ def test_a_backbone_opens_in_a_model_with_a_head_of_its_own(folder):
     assert torch.equal(
         model.transformer.tokens_embed.weight, load_file(folder / "model.safetensors")[TABLE]
     )
+
+
+@pytest.mark.parametrize("model_class", [GPT1TaskModel, *CLASSES[2:]])
+def test_a_language_model_leaves_out_the_head_of_another(tmp_path, model_class):
+    model, ids = randomised(model_class(config())), tokens(1, 5).cpu()
+    model.save_pretrained(tmp_path)
+    opened = GPT1LMHeadModel.from_pretrained(tmp_path)
+    expected = GPT1Model.from_pretrained(tmp_path)(ids).last_hidden_state
+    torch.testing.assert_close(opened.transformer(ids).last_hidden_state, expected)
+    other = {GPT1ForSequenceClassification: GPT1DoubleHeadsModel}
+    with pytest.raises(ValueError, match="unexpected"):  # its own would be drawn anew
+        other.get(model_class, GPT1ForSequenceClassification).from_pretrained(tmp_path)
 
 
 def without(name):
@@ -155,10 +170,15 @@ def test_row29_weights_that_cannot_be_written_are_named(folder, monkeypatch):
         GPT1LMHeadModel(config()).save_pretrained(folder)
 
 
-def test_row28_a_damaged_configuration_is_refused_by_name(folder):
-    (folder / "config.json").write_text('{"n_embd": 48,')
-    with pytest.raises(ValueError, match=r"config\.json"):
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"n_embd": 48,', "not JSON"), ("[]", "list, expected an object")]
+)
+def test_row28_a_damaged_configuration_is_refused_by_name(folder, content, message):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
         GPT1LMHeadModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        convert(folder, folder / "ours")
 
 
 def test_an_activation_of_another_kind_is_refused(folder):
@@ -183,8 +203,10 @@ def test_the_paper_is_the_default_configuration():
     ("values", "message"),
     [
         ({"n_embd": 50, "n_head": 4}, "n_embd: 50, expected a multiple of n_head 4"),
-        ({"vocab_size": 0}, "vocab_size: 0, expected at least 1"),
-        ({"n_layer": -1}, "n_layer: -1, expected at least 0"),
+        ({"vocab_size": 0}, "vocab_size: 0, expected an integer of at least 1"),
+        ({"n_layer": -1}, "n_layer: -1, expected an integer of at least 0"),
+        ({"n_layer": 2.0}, "n_layer: 2.0, expected an integer"),
+        ({"n_head": None}, "n_head: None, expected an integer"),
         ({"attn_pdrop": 1.5}, r"attn_pdrop: 1.5, expected a probability"),
         ({"afn": "swish"}, "afn: 'swish'"),
     ],
@@ -209,6 +231,11 @@ def test_a_configuration_survives_its_dictionary():
     assert GPT1Config.from_dict(c.to_dict()) == c
     aliases = {"num_hidden_layers": values.pop("n_layer"), "num_attention_heads": 4}
     assert GPT1Config.from_dict({**values, **aliases}).n_layer == c.n_layer
+    assert (c.hidden_size, c.max_position_embeddings) == (c.n_embd, c.n_positions)
+    assert (c.num_hidden_layers, c.num_attention_heads) == (c.n_layer, c.n_head)
+    assert copy.deepcopy(c) == c
+    with pytest.raises(AttributeError, match="GPT1Config has no 'hidden_sizes'"):
+        _ = c.hidden_sizes
 
 
 def test_arguments_that_a_configuration_does_not_have_are_named(folder):
@@ -217,6 +244,8 @@ def test_arguments_that_a_configuration_does_not_have_are_named(folder):
     labels = dict.fromkeys(range(5), "x")
     model = GPT1ForSequenceClassification.from_pretrained(folder, id2label=labels)
     assert model.score.out_features == 5
+    model = GPT1TaskModel.from_pretrained(folder, extra={HEAD_KEY: "choice"})
+    assert (model.head, model.config.extra["model_type"]) == ("choice", "openai-gpt")
 
 
 def test_the_dtype_is_that_of_the_weights(folder):

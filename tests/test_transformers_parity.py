@@ -1,6 +1,7 @@
 """Against `transformers`' OpenAIGPT models with random weights, fp32, without dropout."""
 
 import copy
+from inspect import Parameter, signature
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.models import T, V, config, randomised, tokens
 transformers = pytest.importorskip("transformers")
 
 RELATIVE = 1e-5
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 NOISE = 1e-7  # of a gradient that is 0 in exact arithmetic, such as a choice's bias
 
 
@@ -87,6 +89,12 @@ def test_double_heads(tmp_path):
     for name in ("logits", "mc_logits", "loss", "mc_loss"):
         assert_near(name, getattr(a, name), getattr(b, name))
     assert_same_gradients(ours, theirs, a.loss + 0.5 * a.mc_loss, b.loss + 0.5 * b.mc_loss)
+
+
+def test_choices_without_a_batch_axis_are_one_question(tmp_path):
+    ours, theirs = both(GPT1DoubleHeadsModel, transformers.OpenAIGPTDoubleHeadsModel, tmp_path)
+    ids, right = tokens(3, T), torch.tensor([2], device=DEVICE)
+    assert_near("mc_loss", *(model(ids, mc_labels=right).mc_loss for model in (ours, theirs)))
 
 
 LENGTHS = torch.tensor([[T, 7, 12, 3], [5, 5, T - 1, 9], [2, 16, 8, T]], device=DEVICE)
@@ -217,6 +225,30 @@ def test_their_folders_open_here(tmp_path, ours_class, theirs_name, shape):
     with torch.no_grad():
         for a, b in zip(ours(ids).to_tuple(), theirs(ids).to_tuple(), strict=True):
             assert_near(theirs_name, a, b)
+
+
+MODELS = [
+    (GPT1Model, "OpenAIGPTModel"),
+    (GPT1LMHeadModel, "OpenAIGPTLMHeadModel"),
+    (GPT1DoubleHeadsModel, "OpenAIGPTDoubleHeadsModel"),
+    (GPT1ForSequenceClassification, "OpenAIGPTForSequenceClassification"),
+]
+
+
+@pytest.mark.parametrize(("ours_class", "theirs_name"), MODELS)
+def test_positional_arguments_have_the_order_of_theirs(ours_class, theirs_name):
+    ours, theirs = (
+        [p.name for p in signature(c.forward).parameters.values() if p.kind in POSITIONAL]
+        for c in (ours_class, getattr(transformers, theirs_name))
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("ours_class", [ours_class for ours_class, _ in MODELS])
+def test_their_configuration_is_refused(ours_class):
+    theirs = transformers.OpenAIGPTConfig(afn="relu", n_embd=8, n_head=2, n_layer=1)
+    with pytest.raises(TypeError, match="config: OpenAIGPTConfig, expected GPT1Config"):
+        ours_class(theirs)
 
 
 def test_our_folder_keeps_their_keys(tmp_path):
