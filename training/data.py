@@ -65,6 +65,7 @@ class Corpus:
             FileNotFoundError: a path that does not exist, a pattern that matches nothing, or a
                 folder with no such file.
             ImportError: pyarrow or datasets is needed and absent.
+            PermissionError: a file or a folder that cannot be read.
             ValueError: a source that is empty, not UTF-8, holds NUL bytes or lacks the column; the
                 message names it.
         """
@@ -247,7 +248,11 @@ def _sources(paths: Sequence[str | Path]) -> list[str | Path]:
 
 def absolute(path: str) -> str:
     """A path or a pattern, not relative to the working directory; the name of a data set as is."""
-    return path if path.startswith(HUB) else os.path.abspath(path)
+    if path.startswith(HUB):
+        return path
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    return os.path.join(glob.escape(os.getcwd()), path)  # a [ in its name starts no pattern
 
 
 def _files(path: Path) -> list[Path]:
@@ -266,7 +271,7 @@ def matches(path: Path) -> list[Path]:
 def _searched(folder: Path) -> list[Path]:
     """The files of our kinds in a folder and those below it, links to folders included."""
     files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         if (real := os.path.realpath(parent)) in seen:  # a link to a folder above, or to a sibling
             folders.clear()
             continue
@@ -277,6 +282,11 @@ def _searched(folder: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{folder}: no {', '.join(KINDS)} file in this folder")
     return files
+
+
+def _raise(error: OSError) -> None:
+    """For `os.walk`, which otherwise leaves out what it cannot read."""
+    raise error
 
 
 def _documents(source: str | Path, column: str) -> Iterator[Iterator[str]]:

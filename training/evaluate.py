@@ -59,6 +59,8 @@ def main(config: EvaluateConfig) -> None:
         name = tokenizer.decode(document[:NAME_TOKENS])
         perplexity = metrics.perplexity(losses[-1][0])
         tqdm.write(f"{perplexity:8.2f}  {len(document):9,} tokens  {name}")
+    if not losses:
+        raise ValueError(f"{corpus.name}: expected a held-out document of 2 or more tokens")
     mean = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
     print(f"{metrics.perplexity(mean):8.2f}  {sum(tokens for _, tokens in losses):9,} tokens  all")
 

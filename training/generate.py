@@ -43,6 +43,7 @@ class GenerateConfig:
 
 
 def main(config: GenerateConfig) -> None:
+    require(config, ("seed",), lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
     model, tokenizer = open_model(config.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options = {

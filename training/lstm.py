@@ -19,6 +19,7 @@ from gpt1_kernels.cache import LayerCache
 from gpt1_kernels.model import _dropout
 from gpt1_kernels.pretrained import read_config
 from gpt1_kernels.rng import residual_sites
+from training.run import CHECKPOINTS, CONFIG, read_json
 
 MODEL_TYPE, UNITS = "gpt1-lstm", "lstm_units"  # in config.json; transformers refuses the former
 
@@ -114,8 +115,20 @@ def backbone_at(folder: Path) -> Backbone:
 
 
 def model_folder(path: Path) -> Path:
-    """The model of a run, or the path itself, which then is a model's."""
-    return path / "model" if (path / "model").is_dir() else path
+    """The model of a run, or the path itself, which then is a model's.
+
+    Raises:
+        FileNotFoundError: a run without a model, such as one that has not ended.
+    """
+    model = path / "model"
+    if model.is_dir():
+        return model
+    if "resume" in (read_json(path / CONFIG) or {}):  # the options of a run, not a model's shape
+        raise FileNotFoundError(
+            f"{model}: no such folder, which a run has at its end; until then, "
+            f"a folder in {path / CHECKPOINTS} serves as well"
+        )
+    return path
 
 
 def shape(backbone: str, preset: str) -> GPT1Config:

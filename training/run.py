@@ -133,7 +133,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is none, or not a whole one."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return values if isinstance(values, dict) else None
 

@@ -66,6 +66,9 @@ def tokenised(part: Part, tokenizer: Tokenizer, cache: Path | None = None) -> To
 
     Args:
         cache: default: `cache_folder()`.
+
+    Raises:
+        ValueError: the text has changed since its corpus was made.
     """
     parts = (FORMAT, part.digest, tokenizer.fingerprint, tokenizer.versions)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
@@ -92,7 +95,10 @@ def write(
     Args:
         folder: must not exist.
         documents: each as pieces of its text, as `Tokenizer.encode_pieces` takes them.
-        characters: of all documents, for the progress bar.
+        characters: of all documents, for the progress bar and to notice a text that has changed.
+
+    Raises:
+        ValueError: the documents have more or fewer characters.
     """
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -113,11 +119,12 @@ def _write_files(
     characters: int | None,
 ) -> None:
     dtype = tokenizer.dtype.newbyteorder("<")
-    n_tokens = n_documents = n_bytes = 0
+    n_tokens = n_documents = n_bytes = n_characters = 0
 
     def counted(pieces: Iterable[str]) -> Iterator[str]:
-        nonlocal n_bytes
+        nonlocal n_bytes, n_characters
         for piece in pieces:
+            n_characters += len(piece)
             n_bytes += len(piece.encode("utf-8", "surrogatepass"))
             yield piece
             bar.update(len(piece))
@@ -134,6 +141,11 @@ def _write_files(
                 n_tokens += len(ids)
             bounds.write(np.array(n_tokens, BOUND).tobytes())
             n_documents += 1
+    if characters not in (None, n_characters):  # the name, which is a digest, would be another's
+        raise ValueError(
+            f"--data: {n_characters} characters, expected the {characters} of a moment ago; "
+            "the text must not change while it is read"
+        )
     about = {
         "dtype": dtype.str,
         "tokens": n_tokens,

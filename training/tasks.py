@@ -259,7 +259,8 @@ def custom_task(custom: Custom) -> Task:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: too few or too many texts, or a training file that cannot be read.
+        ValueError: too few or too many texts, a label twice, or a training file that cannot be
+            read.
     """
     files = {split: getattr(custom, split) for split in SPLITS}
     for split, file in files.items():
@@ -272,6 +273,8 @@ def custom_task(custom: Custom) -> Task:
         raise ValueError(
             f"--custom.texts: {' '.join(custom.texts)}, expected {expected} for {custom.kind}"
         )
+    if len(set(custom.labels)) < len(custom.labels):
+        raise ValueError(f"--custom.labels: {' '.join(custom.labels)}, expected each once")
     form = Form(
         {s: glob.escape(str(file)) for s, file in files.items() if file is not None},
         readers.by_suffix, custom.texts, custom.label,

@@ -335,13 +335,17 @@ def _read_files(vocab_file: Path, merges_file: Path) -> tokenizers.Tokenizer:
         vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{vocab_file}: not JSON ({error})") from None
-    lines = merges_file.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = merges_file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{merges_file}: not UTF-8, {error}") from None
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     return _checked(merges_file, vocab, merges)
 
 
 def _checked(file: Path, vocab: dict[str, int], merges: list) -> tokenizers.Tokenizer:
-    if set(vocab.values()) != set(range(len(vocab))) or UNKNOWN not in vocab:
+    is_object = isinstance(vocab, dict)
+    if not is_object or set(vocab.values()) != set(range(len(vocab))) or UNKNOWN not in vocab:
         raise ValueError(f"{file}: expected the ids 0, 1, 2, … of a vocabulary with {UNKNOWN}")
     for pair in merges:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
@@ -352,4 +356,7 @@ def _checked(file: Path, vocab: dict[str, int], merges: list) -> tokenizers.Toke
 def _saved_style(config: Path) -> Style | None:
     if not config.is_file():
         return None
-    return json.loads(config.read_text(encoding="utf-8")).get("style")
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("style")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config}: not a JSON object ({error})") from None

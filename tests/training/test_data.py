@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from training import data
-from training.data import Corpus, Windows, require_window, split, spread_windows
+from training.data import Corpus, Windows, absolute, require_window, split, spread_windows
 
 SENTENCES = Path(__file__).parents[3] / "shared" / "data" / "one_billion_word_sample"
 TEXTS = ["The first.\n\nIt has two paragraphs.", "Das zweite: schön.", "A third, of one line."]
@@ -84,6 +84,29 @@ def test_a_folder_is_searched_through_links_and_in_any_case(tmp_path):
     (folder / "dangling.txt").symlink_to(tmp_path / "absent")
     assert texts(Corpus([tmp_path / "source"])) == TEXTS
     assert texts(Corpus([tmp_path / "s*" / "l*" / "*.txt"])) == [*TEXTS[1:], TEXTS[0]]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    folder, scandir = write_files(tmp_path / "source", "txt"), os.scandir
+    (folder / "locked").mkdir()
+
+    def refused(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # root may read every folder
+    with pytest.raises(PermissionError, match="locked"):
+        Corpus([folder])
+
+
+def test_a_path_outlives_its_working_directory_whatever_that_is_called(tmp_path, monkeypatch):
+    folder = write_files(tmp_path / "texts [1]", "txt")
+    monkeypatch.chdir(folder)
+    paths = [absolute(path) for path in ("*.txt", "0.txt", ".", "hf:name")]
+    monkeypatch.chdir(tmp_path)
+    assert paths[1:] == [str(folder / "0.txt"), str(folder), "hf:name"]
+    assert texts(Corpus(paths[:1])) == TEXTS
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -71,9 +71,17 @@ def test_another_text_than_the_one_trained_on_is_refused(whole, corpus, tmp_path
         main(EvaluateConfig(out, device="cpu"))
 
 
+def test_documents_of_a_token_each_are_refused(whole, monkeypatch):
+    store = SimpleNamespace(tokens=np.arange(3), bounds=range(4))
+    monkeypatch.setattr(evaluate, "tokenised", lambda part, tokenizer: store)
+    with pytest.raises(ValueError, match="expected a held-out document of 2 or more tokens"):
+        main(EvaluateConfig(whole, device="cpu"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"run": Path("other/config.json")}, "config.json: expected a run of pretrain.py"),
         ({"batch_size": 0}, "--batch-size: 0, expected at least 1"),
         ({"device": "tpu"}, "--device: tpu, expected cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "--device: cuda:99, but torch sees"),

@@ -118,6 +118,8 @@ def test_a_sample_of_a_model_in_training_is_without_dropout_and_leaves_it_in_tra
         ({"prompt": " "}, ValueError, "--prompt: ' ', expected some text"),
         ({"prompt": "the", "tokens": 50}, ValueError, "--tokens: a prompt of 1 tokens and 50 new"),
         ({"prompt": "the", "tokens": 0}, ValueError, "--tokens: 0, expected at least 1"),
+        ({"prompt": "the", "seed": -1}, ValueError, "--seed: -1, expected 0 to"),
+        ({"prompt": "the", "seed": 2**63}, ValueError, f"--seed: {2**63}, expected 0 to"),
         ({"prompt": "the", "temperature": float("nan")}, ValueError, "temperature: nan, expected"),
         ({"prompt": "the", "temperature": -1.0}, ValueError, "temperature: -1.0"),
         ({"prompt": "the", "stop": "the house"}, ValueError, "--stop: 'the house' is 2 tokens"),
@@ -134,6 +136,12 @@ def test_what_is_refused(run, options, error, message):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     randomised(GPT1LMHeadModel(config())).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected a tokenizer\.json"):
+        open_model(tmp_path)
+
+
+def test_a_run_that_has_not_ended_is_named_with_what_serves_as_well(tmp_path):
+    (tmp_path / "config.json").write_text('{"preset": "mini", "resume": "auto"}')
+    with pytest.raises(FileNotFoundError, match=r"model: no such folder.*checkpoints serves"):
         open_model(tmp_path)
 
 

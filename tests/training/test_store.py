@@ -103,9 +103,10 @@ def test_other_content_has_another_store(corpus, tokenizer, tmp_path, written, m
     tokenised(corpus.validation, tokenizer, cache)
     tokenised(corpus.train, Tokenizer.train(["The other texts."], 25, at_most=True), cache)
     (tmp_path / "text" / "0.txt").write_text("Something else.")
-    tokenised(Corpus([tmp_path / "text"]).train, tokenizer, cache)
+    changed = Corpus([tmp_path / "text"])
+    tokenised(changed.train, tokenizer, cache)
     monkeypatch.setattr(Tokenizer, "versions", "ftfy 99")
-    tokenised(corpus.train, tokenizer, cache)
+    tokenised(changed.train, tokenizer, cache)
     assert len(written) == len(set(written)) == 5
 
 
@@ -200,6 +201,15 @@ def test_a_failure_half_way_leaves_nothing(tokenizer, tmp_path):
     with pytest.raises(OSError, match="disk on fire"):
         write(tmp_path / "cache" / "store", failing(), tokenizer)
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("text", ["This is", "This is document 0, and more."])
+def test_a_text_that_changes_while_it_is_read_has_no_store(text, corpus, tokenizer, tmp_path):
+    for file in (tmp_path / "text").iterdir():
+        file.write_text(text)
+    with pytest.raises(ValueError, match=r"--data: \d+ characters, expected the \d+ of a moment"):
+        tokenised(corpus.train, tokenizer, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize("file", ["tokens.bin", "documents.bin"])

@@ -622,6 +622,7 @@ def test_a_cell_of_a_csv_file_may_be_long(tmp_path):
         ({"train": "gone.csv"}, "--custom.train: .*gone.csv: no such file"),
         ({"train": "a.csv", "texts": ("a", "b")}, "--custom.texts: a b, expected 1 for class"),
         ({"train": "a.csv", "kind": "choice", "texts": ()}, "expected 1 or 2 for choice"),
+        ({"train": "a.csv", "labels": ("x", "y", "x")}, "--custom.labels: x y x, expected each"),
         ({"train": "a.txt", "texts": ("a",)}, "a.txt: expected a name that ends in .tsv, .csv"),
     ],
 )

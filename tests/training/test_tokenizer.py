@@ -358,6 +358,7 @@ def edit(content: dict, *keys: str, value: object) -> None:
         (("model",), {"type": "WordLevel"}, "not the tokenizer.json of a BPE"),
         (("model", "merges"), [["a", "日"]], "the merge 'a 日'"),
         (("model", "vocab"), {"<unk>": 1}, "expected the ids 0, 1, 2"),
+        (("model", "vocab"), [], "expected the ids 0, 1, 2"),
         (("added_tokens",), [{"content": "<pad>"}], "has added tokens"),
     ],
 )
@@ -370,6 +371,23 @@ def test_no_other_kind_of_tokenizer_passes_for_this_one(hf, tmp_path, keys, valu
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.open(tmp_path)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", b"{", "not a JSON object"),
+        ("tokenizer_config.json", b"[]", "not a JSON object"),
+        ("merges.txt", b"\xff", "not UTF-8"),
+    ],
+)
+def test_a_file_beside_that_cannot_be_read_is_named(hf, tmp_path, name, content, message):
+    hf.save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    if name == "merges.txt":
+        (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        Tokenizer.open(tmp_path)
 
 
 def test_a_path_without_a_tokenizer_is_named(tmp_path):
