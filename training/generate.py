@@ -45,6 +45,8 @@ class GenerateConfig:
 def main(config: GenerateConfig) -> None:
     require(config, ("seed",), lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
     model, tokenizer = open_model(config.model)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"{config.model}: weights that are not finite, of a run that diverged")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options = {
         "temperature": config.temperature,

@@ -26,10 +26,13 @@ def plot_runs(runs: Sequence[Path], picture: Path) -> None:
 
     Raises:
         FileNotFoundError: a folder without it.
-        ValueError: no runs, a file without a line, or a line that is not JSON; names it.
+        ValueError: no runs, a file without a line, or a line that is not JSON; names it. A picture
+            without a suffix, from which its format is known.
     """
     if not runs:
         raise ValueError("runs: none, expected one or more folders")
+    if not picture.suffix:
+        raise ValueError(f"{picture}: expected a suffix, such as .png")
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
     )

@@ -12,6 +12,7 @@ import torch
 
 from gpt1_kernels import GPT1LMHeadModel
 from tests.models import config, randomised, with_dropout
+from training import generate
 from training.generate import GenerateConfig, main, open_model, single_token
 from training.sample import sample
 from training.tokenizer import Tokenizer
@@ -131,6 +132,15 @@ def test_a_sample_of_a_model_in_training_is_without_dropout_and_leaves_it_in_tra
 def test_what_is_refused(run, options, error, message):
     with pytest.raises(error, match=message):
         main(GenerateConfig(**{"model": run, "tokens": 9, **options}))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_model_that_diverged_is_refused(run, monkeypatch):
+    model, tokenizer = open_model(run)
+    torch.nn.init.constant_(model.transformer.h[0].ln_1.bias, torch.nan)
+    monkeypatch.setattr(generate, "open_model", lambda folder: (model, tokenizer))
+    with pytest.raises(ValueError, match="weights that are not finite"):
+        main(GenerateConfig(run, "the"))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -45,6 +45,11 @@ def test_what_cannot_be_drawn_is_named_and_leaves_no_picture(tmp_path, logs, mes
     assert not (tmp_path / "loss.png").exists()
 
 
+def test_a_picture_has_a_format(tmp_path):
+    with pytest.raises(ValueError, match=r"loss: expected a suffix, such as \.png"):
+        plots.plot_runs([tmp_path], tmp_path / "loss")
+
+
 def test_classes_are_drawn_as_a_confusion_matrix_and_scores_as_points(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots.plt, "close", figures.append)
