@@ -5,10 +5,9 @@
 
 takes eight minutes at most and writes a folder, benchmarks/records/<date>_<gpu>/: `results.json`
 with every round of everything, `README.md` with the targets, tables and pictures. With --only what
-is measured replaces what the folder has of it, unless time ran out. A part that fails is reported,
-and the others run.
-What compiles for long is compiled by rehearsals of the later parts, beside the parity tests; with
---only they are parts like the others.
+is measured replaces what the folder has of it, unless time ran out and that was whole. A part that
+fails is reported, and the others run. What compiles for long is compiled by rehearsals of the later
+parts, beside the parity tests; with --only they are parts like the others.
 
 It compiles the CUDA kernels if they are not there, or older than their sources (`pip install -e .
 --no-deps --no-build-isolation`, for which nothing is fetched). It needs torch 2.11 or later, triton
@@ -59,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if earlier != gpu:
         sys.exit(f"error: {folder} is of {earlier}, and this is {gpu}")
     results |= {"device": options.device, "machine": facts}
+    late = []
     for names in _groups(options.only or [name for name in PARTS if name != "machine"]):
         print(f"{', '.join(names)} …", flush=True)
         left = deadline - time.monotonic()
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcomes = run_together(names, options.device, left)
         for name, outcome in outcomes.items():
             if outcome.timed_out and results["parts"].get(name, {"problem": ""})["problem"] is None:
-                print(f"{name}: {outcome.problem}, so its earlier results stay", file=sys.stderr)
+                late.append((name, f"{outcome.problem}, so its earlier results stay"))
                 continue
             results["parts"][name] = {
                 "commit": options.commit, "date": str(date.today()), "seconds": outcome.seconds,
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }  # fmt: skip
         record.write(results, folder)
     write_page(results, folder)
-    failures = record.failures(results)
+    failures = late + record.failures(results)
     for name, failure in failures:
         print(f"{name}: {failure}", file=sys.stderr)
     print(folder)

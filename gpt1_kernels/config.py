@@ -66,6 +66,9 @@ class GPT1Config:
             return getattr(self, ALIASES[name])
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(ALIASES.get(name, name), value)
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPT1Config:
         """A named shape: "gpt1" is the paper's, "mini" trains on a CPU."""

@@ -326,6 +326,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
         self.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
+        """Keeps again what backward reads."""
         self.gradient_checkpointing = False
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
@@ -367,6 +368,7 @@ class _Headed(nn.Module, PretrainedMixin):
         self.transformer.gradient_checkpointing_enable()
 
     def gradient_checkpointing_disable(self) -> None:
+        """See `GPT1Model.gradient_checkpointing_disable`."""
         self.transformer.gradient_checkpointing_disable()
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:

@@ -7,7 +7,11 @@ prints for the kernels at the end of this file, and compute capability 9.0, what
 
     python tests/compile_triton.py compilations 90
 
-prints how often each kernel of an op is compiled when lengths change.
+prints how often each kernel of an op is compiled when lengths change, and
+
+    python tests/compile_triton.py assertions 90
+
+how many assertions TRITON_DEBUG=1 adds to the kernel that draws dropout bits.
 """
 
 import json
@@ -18,7 +22,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.compiling import compiling
-from benchmarks.launchers import OVER_LENGTHS
+from benchmarks.launchers import OVER_LENGTHS, dropout_mask
 from benchmarks.triton_code import described
 from gpt1_kernels.backends.triton.launch import SMALLEST_SHARED_MEMORY
 
@@ -41,6 +45,20 @@ def compilations(capability: int) -> dict[str, dict[str, int]]:
             name: len(specialisations) for name, specialisations in found.items()
         }
     return counts
+
+
+def assertions(capability: int) -> int:
+    """Of integers that must not overflow, for the most part."""
+    count = 0
+
+    def seen(kernel, constants, compiled):
+        nonlocal count
+        count += compiled.asm["ttir"].count("tt.assert")
+
+    triton.knobs.runtime.debug = True
+    with compiling(capability, SMALLEST_SHARED_MEMORY, seen):
+        dropout_mask(64, torch.bfloat16)
+    return count
 
 
 @triton.jit
@@ -93,4 +111,5 @@ def probes(capability: int) -> list[dict]:
 
 if __name__ == "__main__":
     what, capability = sys.argv[1:]
-    print(json.dumps({"compilations": compilations, "probes": probes}[what](int(capability))))
+    functions = {function.__name__: function for function in (assertions, compilations, probes)}
+    print(json.dumps(functions[what](int(capability))))

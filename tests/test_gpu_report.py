@@ -146,8 +146,9 @@ def test_a_part_that_runs_out_of_time_replaces_none_that_did_not(tmp_path, monke
     whole = Outcome([{"found": 1}], None, 1.0)
     for outcome, kept in ((late, late), (whole, whole), (late, whole)):
         monkeypatch.setattr(gpu_report, "run_together", lambda *_, o=outcome: {"layer_norm": o})
-        _, found = report(tmp_path, "--only", "layer_norm")
+        code, found = report(tmp_path, "--only", "layer_norm")
         assert found["parts"]["layer_norm"]["found"] == kept.found
+        assert code == outcome.timed_out
     assert (
         "layer_norm: it took longer than 3 s, so its earlier results stay"
         in capsys.readouterr().err

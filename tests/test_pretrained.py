@@ -234,6 +234,8 @@ def test_a_configuration_survives_its_dictionary():
     assert (c.hidden_size, c.max_position_embeddings) == (c.n_embd, c.n_positions)
     assert (c.num_hidden_layers, c.num_attention_heads) == (c.n_layer, c.n_head)
     assert copy.deepcopy(c) == c
+    c.num_hidden_layers = 7
+    assert (c.n_layer, c.num_hidden_layers) == (7, 7)
     with pytest.raises(AttributeError, match="GPT1Config has no 'hidden_sizes'"):
         _ = c.hidden_sizes
 

@@ -106,6 +106,11 @@ def test_no_exemption_is_for_a_kernel_that_is_gone():
     assert NARROW.keys() | MULTIPLYING <= kernels
 
 
+def test_dropout_bits_are_drawn_under_triton_debug():
+    """Which asserts that no integer overflows: Philox's keys are meant to."""
+    assert compiled("assertions", 90) == 0
+
+
 def test_twenty_lengths_compile_once_a_class():
     """Words of dropout bits in a row have three classes: one, a multiple of 16, any other."""
     layer_norm = dict.fromkeys(

@@ -327,7 +327,7 @@ def _read_pipeline(file: Path) -> tokenizers.Tokenizer:
         raise ValueError(f"{file}: {found}, expected GPT-1's {expected}")
     if not added <= {UNKNOWN}:
         raise ValueError(f"{file}: has added tokens {sorted(added)}, expected {UNKNOWN} alone")
-    return _checked(file, vocab, merges)
+    return _checked(file, vocab, file, merges)
 
 
 def _read_files(vocab_file: Path, merges_file: Path) -> tokenizers.Tokenizer:
@@ -340,16 +340,22 @@ def _read_files(vocab_file: Path, merges_file: Path) -> tokenizers.Tokenizer:
     except UnicodeDecodeError as error:
         raise ValueError(f"{merges_file}: not UTF-8, {error}") from None
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    return _checked(merges_file, vocab, merges)
+    return _checked(vocab_file, vocab, merges_file, merges)
 
 
-def _checked(file: Path, vocab: dict[str, int], merges: list) -> tokenizers.Tokenizer:
-    is_object = isinstance(vocab, dict)
-    if not is_object or set(vocab.values()) != set(range(len(vocab))) or UNKNOWN not in vocab:
-        raise ValueError(f"{file}: expected the ids 0, 1, 2, … of a vocabulary with {UNKNOWN}")
+def _checked(
+    vocab_file: Path, vocab: dict[str, int], merges_file: Path, merges: list
+) -> tokenizers.Tokenizer:
+    has_ids = isinstance(vocab, dict) and all(isinstance(i, int) for i in vocab.values())
+    if not has_ids or set(vocab.values()) != set(range(len(vocab))) or UNKNOWN not in vocab:
+        raise ValueError(
+            f"{vocab_file}: expected the ids 0, 1, 2, … of a vocabulary with {UNKNOWN}"
+        )
     for pair in merges:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-            raise ValueError(f"{file}: the merge {' '.join(pair)!r} is not one of the vocabulary's")
+            raise ValueError(
+                f"{merges_file}: the merge {' '.join(pair)!r} is not one of the vocabulary's"
+            )
     return _pipeline(vocab, merges)
 
 

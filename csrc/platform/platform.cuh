@@ -17,7 +17,8 @@
 //   load_matrices(shared, i)  load_matrices_transposed     four 8x8 matrices of 2-byte elements
 //   mma(c, a, b)                                           c (16, 8) += a (16, 16) b (16, 8)
 //
-//   to_float  from_float<T>  pack<T>  unpack<T>  widen  narrow<T>  fast_exp2  fast_reciprocal
+//   to_float  from_float<T>  pack<T>  unpack<T>  widen  narrow<T>
+//   fast_exp2  fast_reciprocal  multiply_wide
 //   launch<Kernel>(grid, shared_bytes, stream, params)
 //
 // A kernel is a class:

@@ -378,13 +378,16 @@ def test_no_other_kind_of_tokenizer_passes_for_this_one(hf, tmp_path, keys, valu
     [
         ("tokenizer_config.json", b"{", "not a JSON object"),
         ("tokenizer_config.json", b"[]", "not a JSON object"),
+        ("vocab.json", b"[]", "expected the ids 0, 1, 2"),
+        ("vocab.json", b'{"<unk>": [0]}', "expected the ids 0, 1, 2"),
         ("merges.txt", b"\xff", "not UTF-8"),
+        ("merges.txt", b"a b c", "the merge 'a b c'"),
     ],
 )
 def test_a_file_beside_that_cannot_be_read_is_named(hf, tmp_path, name, content, message):
     hf.save(tmp_path)
     (tmp_path / name).write_bytes(content)
-    if name == "merges.txt":
+    if name != "tokenizer_config.json":
         (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=f"{name}: {message}"):
         Tokenizer.open(tmp_path)
