@@ -251,6 +251,15 @@ def test_row06_sizes_that_fit_no_tile(case, backend):
     check_parity(case, backend, widest_dtype(backend, case.op))
 
 
+@on_backends(SMALL[i] for i in (0, 1, 4))
+def test_row06_one_row_without_leading_axes(case, backend):
+    rows = {k: x[:1] if k in ("x", "residual") else x for k, x in inputs_for(backend, case).items()}
+    one = {k: x[0] if k in ("x", "residual") else x for k, x in rows.items()}
+    with use_backend(backend):
+        expected, actual = results(case.fused, rows), results(case.fused, one)
+    assert_same({k: x.view_as(expected[k]) for k, x in actual.items()}, expected)
+
+
 @pytest.mark.parametrize("backend", backends_of("causal_attention"))
 def test_row06_a_head_over_the_limit_is_right_or_refused(backend):
     case = causal_attention("over-the-limit", 1, 31, 31, 1, 300, 0.1)

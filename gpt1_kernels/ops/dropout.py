@@ -34,7 +34,8 @@ def dropout_mask(
         shape: (..., columns); the leading axes count rows.
         p: probability of dropping, in [0, 1].
         row_offset: the number of the first row.
-        causal: shape is (B, H, Tq, Tk) and words wholly above the diagonal may stay unwritten.
+        causal: shape is (B, H, Tq, Tk) and bits above the diagonal are not to be read: their words
+            may stay unwritten.
 
     Returns:
         int32 (..., ceil(columns / 32)): column j is bit j mod 32 of word j // 32; 1 keeps; unused

@@ -86,7 +86,7 @@ def dropout_add_layer_norm_bwd(
         dx = row_multiplier(seed, total.shape, dropout_p, row_offset).mul_(dtotal).to(total.dtype)
     dx_bias = w.new_empty(0, dtype=torch.float32)
     if need_x_bias:
-        dx_bias = column_sums(dx.flatten(0, -2))
+        dx_bias = column_sums(dx.view(mean.shape[0], w.shape[0]))
     shared = need_residual and dropout_p == 0.0
     return (
         dx if need_x and not shared else total.new_empty(0),
