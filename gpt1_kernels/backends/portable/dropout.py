@@ -63,7 +63,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, row_offset: int) 
 def _keep(seed: Tensor, row_numbers: Tensor, columns: int, p: float) -> Tensor:
     if seed.is_cuda:
         return rng.keep_mask_of_rows(seed, row_numbers, columns, p)
-    words = seed.tolist()  # no sync: the seed of a CPU call is in host memory
+    words = seed.tolist()  # host: the seed of a CPU call is there, so nothing waits
     key, site_and_step = (word & 0xFFFFFFFFFFFFFFFF for word in words)
     mask = np.empty((len(row_numbers), columns), dtype=np.bool_)
     numbers = row_numbers.numpy().astype(np.uint64)
