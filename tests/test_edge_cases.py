@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt1_kernels import errors, ops, reference, use_backend
 from gpt1_kernels.backends import OPS, kernel
 from gpt1_kernels.numerics import assert_close
+from gpt1_kernels.rng import keep_mask
 from tests.cases import (
     DEVICE,
     DTYPES,
@@ -639,6 +640,18 @@ def test_row18_everything_dropped(case, backend, p):
 def test_row18_backward_uses_the_bits_of_forward(case, backend):
     """The oracle's gradient drops by the stream's own definition of the bits."""
     check_parity(case, backend, widest_dtype(backend, case.op))
+
+
+@pytest.mark.parametrize("backend", backends_of("dropout_add_layer_norm"))
+def test_row18_a_dropped_element_has_gradient_0_where_the_residual_overflows(backend):
+    case = dropout_add_layer_norm("overflow", 9, 80, 0.5, x_bias=False)
+    inputs = cast(case, torch.float16, torch.float32)
+    small = {k: inputs[k] * 1e-3 for k in ("x", "residual")}  # so that 1 / σ is large
+    with use_backend(backend):
+        grads = results(case.fused, inputs | small, upstream(case, torch.float16) * 1000)
+    dropped = ~keep_mask(SEED, 9, 80, 0.5)
+    assert grads["residual"][dropped].isinf().any()
+    assert (grads["x"][dropped] == 0).all()
 
 
 @on_backends(SMALL)

@@ -31,17 +31,8 @@ def layer_norm_bwd(
     rstd: Tensor,  # (N,)
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    of_row = *x.shape[:-1], 1
-    w32, centred = w.float(), _minus(x.float(), mean.view(of_row), x)
-    zero = torch.zeros_like(mean).view(of_row)
-    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        dy.float(), centred, w.shape, zero, rstd.view(of_row), w32, w32, needs
-    )
-    return (
-        dx.to(x.dtype) if needs[0] else x.new_empty(0),
-        dw.to(w.dtype) if needs[1] else w.new_empty(0),
-        db.to(w.dtype) if needs[2] else w.new_empty(0),
-    )
+    dx, dw, db = _gradients(dy, x, w, mean, rstd, needs)
+    return dx.to(x.dtype), dw, db
 
 
 def dropout_add_layer_norm_fwd(
@@ -80,10 +71,12 @@ def dropout_add_layer_norm_bwd(
     need_total = need_x or need_residual or need_x_bias
     if dy_residual is not None:
         dy = dy + dy_residual
-    dtotal, dw, db = layer_norm_bwd(dy, total, w, mean, rstd, [need_total, need_w, need_b])
-    dx = dtotal
+    dtotal32, dw, db = _gradients(dy, total, w, mean, rstd, [need_total, need_w, need_b])
+    dx = dtotal = dtotal32.to(total.dtype)
     if dropout_p > 0.0 and (need_x or need_x_bias):
-        dx = row_multiplier(seed, total.shape, dropout_p, row_offset).mul_(dtotal).to(total.dtype)
+        # Not of the rounded dtotal: in fp16 that may be infinite, and 0 · ∞ is NaN.
+        multiplier = row_multiplier(seed, total.shape, dropout_p, row_offset)
+        dx = multiplier.mul_(dtotal32).to(total.dtype)
     dx_bias = w.new_empty(0, dtype=torch.float32)
     if need_x_bias:
         dx_bias = column_sums(dx.view(mean.shape[0], w.shape[0]))
@@ -94,6 +87,28 @@ def dropout_add_layer_norm_bwd(
         dw,
         db,
         dx_bias,
+    )
+
+
+def _gradients(
+    dy: Tensor,  # (..., C)
+    x: Tensor,  # (..., C)
+    w: Tensor,
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in fp32, dw and db as w; of 0 elements if not needed."""
+    of_row = *x.shape[:-1], 1
+    w32, centred = w.float(), _minus(x.float(), mean.view(of_row), x)
+    zero = torch.zeros_like(mean).view(of_row)
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        dy.float(), centred, w.shape, zero, rstd.view(of_row), w32, w32, needs
+    )
+    return (
+        dx if needs[0] else mean.new_empty(0),
+        dw.to(w.dtype) if needs[1] else w.new_empty(0),
+        db.to(w.dtype) if needs[2] else w.new_empty(0),
     )
 
 
