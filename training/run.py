@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -12,14 +11,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
-from training.checkpoint import MANIFEST, Checkpoint, newest
+from filelock import FileLock, Timeout
+
+from training.checkpoint import MANIFEST, Checkpoint, checkpoints, newest
 from training.store import sync
 
 if TYPE_CHECKING:
     from training.config import PretrainConfig
     from training.finetune_config import FinetuneConfig
 
-CHECKPOINTS, CONFIG, RESULT = "checkpoints", "config.json", "result.json"
+CHECKPOINTS, CONFIG, RESULT, LOCK = "checkpoints", "config.json", "result.json", ".lock"
 LOGS = ("metrics.jsonl", "samples.txt")
 
 # What may change when a run is resumed: how it runs and is watched, not what it computes. The paths
@@ -44,13 +45,14 @@ def open_run(config: PretrainConfig | FinetuneConfig) -> Checkpoint | None:
         ValueError: no checkpoint is as it was written.
     """
     out = usable(config.out)
+    goes_on = config.resume != "never"
+    interrupted = goes_on and (any(checkpoints(out / CHECKPOINTS)) or _stopped_early(out))
+    if not (_is_new(out) or interrupted):
+        raise FileExistsError(f"--out: {out} is not empty, expected a new folder")
     if not _claim(out):
         raise FileExistsError(f"--out: {out} is in use by another run")
-    goes_on = config.resume != "never"
     if goes_on and (checkpoint := newest(out / CHECKPOINTS)) is not None:
         return checkpoint
-    if any(out.iterdir()) and not (goes_on and _stopped_early(out)):
-        raise FileExistsError(f"--out: {out} is not empty, expected a new folder")
     return None if config.resume in ("auto", "never") else _at(Path(config.resume))
 
 
@@ -58,7 +60,7 @@ def next_folder(name: str) -> Path:
     """The first of runs/<name>-1, runs/<name>-2, … that is new or empty, and that no run is in."""
     for number in count(1):
         folder = usable(Path(f"runs/{name}-{number}"))
-        if not any(folder.iterdir()) and _claim(folder):
+        if _is_new(folder) and _claim(folder):
             return folder
 
 
@@ -174,28 +176,27 @@ class StopSignal:
             signal.signal(caught, signal.SIG_DFL)
 
 
-_claimed: dict[Path, int] = {}  # the folder of this process's run: the descriptor that locks it
+_claimed: dict[Path, FileLock] = {}  # the folder of this process's run
 
 
 def _claim(folder: Path) -> bool:
-    """Locks a folder until this process ends or claims another; False if another process did.
-
-    Where there are no locks of folders, as on NFS, nothing is locked.
-    """
+    """Locks a folder until this process ends or claims another; False if another process did."""
     folder = folder.resolve()
     if folder not in _claimed:
-        descriptor = os.open(folder, os.O_RDONLY)
+        lock = FileLock(folder / LOCK)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
+            lock.acquire(timeout=0)
+        except Timeout:
             return False
-        except OSError:
-            pass
         while _claimed:
-            os.close(_claimed.popitem()[1])
-        _claimed[folder] = descriptor
+            _claimed.popitem()[1].release()
+        _claimed[folder] = lock
     return True
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether nothing is in a folder but the lock that a run has left."""
+    return all(path.name == LOCK for path in folder.iterdir())
 
 
 def _stopped_early(out: Path) -> bool:

@@ -74,7 +74,8 @@ def test_the_folder_holds_what_a_run_leaves(runs, folder):
     out = folder / "first"
     assert {path.name for path in out.iterdir()} == {
         "metrics.jsonl", "loss.png", "samples.txt", "config.json", "model", "checkpoints",
-        "result.json", *(["tensorboard"] if importlib.util.find_spec("tensorboard") else []),
+        "result.json", ".lock",
+        *(["tensorboard"] if importlib.util.find_spec("tensorboard") else []),
     }  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "samples.txt").read_text().count("update ") == STEPS + 1

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import random
@@ -14,13 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from tests.training.conftest import EVERY, STEPS
 from training import checkpoint, metrics, static_step
 from training.config import PretrainConfig
 from training.finetune_config import FinetuneConfig
-from training.run import StopSignal, cut_logs, identity, next_folder, require_same, write_json
+from training.run import LOCK, StopSignal, cut_logs, identity, next_folder, require_same, write_json
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = {"tokens_per_second", "flop_utilisation"}
@@ -248,7 +248,7 @@ def test_the_same_command_goes_on_with_a_fork_too(run, whole, tmp_path, monkeypa
 def test_a_fork_from_the_last_step_is_refused_and_writes_nothing(run, whole, tmp_path):
     with pytest.raises(ValueError, match=f"step-0*{STEPS} is at the last of {STEPS} steps"):
         run(tmp_path, resume=str(whole))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 @pytest.mark.parametrize("kept", ["model", "result.json"])
@@ -272,9 +272,7 @@ def another_run():
 
         def start(folder: Path) -> None:
             folder.mkdir(parents=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            stack.enter_context(FileLock(folder / LOCK))
 
         yield start
 
@@ -289,12 +287,13 @@ def test_a_run_without_a_name_starts_in_no_folder_of_another(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     another_run(Path("runs/mini-1"))
     assert next_folder("mini") == Path("runs/mini-2")
-    descriptor = os.open("runs/mini-2", os.O_RDONLY)
-    with pytest.raises(BlockingIOError):  # nor does another get a share of its own
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    lock = FileLock(f"runs/mini-2/{LOCK}")
+    with pytest.raises(Timeout):  # nor does another get a share of its own
+        lock.acquire(timeout=0)
     assert next_folder("other") == Path("runs/other-1")
-    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # left by the run that is in another
-    os.close(descriptor)
+    lock.acquire(timeout=0)  # left by the run that is in another
+    lock.release()
+    assert next_folder("mini") == Path("runs/mini-2")  # a lock alone is no run
 
 
 def test_a_damaged_result_is_made_again(run, whole, tmp_path):
