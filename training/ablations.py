@@ -7,15 +7,13 @@ pre-trained block is worth.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import tyro
 from tyro.conf import Suppress
 
-from training import finetune_config, run
+from training import cli, finetune_config, run
 from training.comparison import Comparison, ablations_table, compare, transfer_table
 from training.config import require
 from training.examples import form_of
@@ -151,7 +149,4 @@ def finetune_variants(config: AblationsConfig, task: str) -> Comparison:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(AblationsConfig))
-    except (ImportError, OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main, AblationsConfig)

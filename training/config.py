@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from gpt1_kernels.backends import BACKENDS, OPS, refusal, unavailable_reason
+from gpt1_kernels.backends import BACKENDS, OPS, resolve, use_backend
 from training.data import matches
 from training.run import next_folder
 
@@ -151,15 +152,21 @@ def complete(config: PretrainConfig) -> PretrainConfig:
 
 
 def require_backend(config: object, device: torch.device) -> None:
-    """Raises ValueError unless --backend is auto, or one that runs every op as the run needs it."""
+    """Raises ValueError unless the backend asked for runs every op on the device and in the dtype.
+
+    It is asked for by --backend, or where that is auto by `GPT1_KERNELS_BACKEND`.
+    """
     require(config, ("backend",), ("auto", *BACKENDS).__contains__,
             f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
-    for op in () if config.backend == "auto" else OPS:
-        reason = unavailable_reason(config.backend, op, device.type) or refusal(
-            config.backend, op, DTYPES[config.dtype], {}
-        )
-        if reason is not None:
-            raise ValueError(f"--backend: {config.backend}, but {reason} ({op})")
+    activation = torch.empty(0, dtype=DTYPES[config.dtype], device=device)
+    with on_backend(config.backend):
+        for op in OPS:
+            resolve(op, activation)
+
+
+def on_backend(name: str) -> AbstractContextManager:
+    """Inside, ops run on what --backend names; auto leaves the choice to each call."""
+    return nullcontext() if name == "auto" else use_backend(name)
 
 
 def require(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import tyro
 from tqdm import tqdm
 
 from gpt1_kernels import GPT1LMHeadModel
-from training import data, metrics, run
+from training import cli, data, metrics, run
 from training.config import default_device, require
 from training.lstm import backbone_at
 from training.store import tokenised
@@ -77,7 +76,4 @@ def mean_loss(model: GPT1LMHeadModel, tokens: np.ndarray, config: EvaluateConfig
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(EvaluateConfig))
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main, EvaluateConfig)

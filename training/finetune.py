@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
 import time
@@ -13,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 from tqdm import tqdm
 
-from gpt1_kernels import GPT1Config, GPT1Model, GPT1TaskModel, use_backend
+from gpt1_kernels import GPT1Config, GPT1Model, GPT1TaskModel
 from gpt1_kernels.pretrained import WEIGHTS
 from gpt1_kernels.task_model import HEAD_KEY
-from training import metrics, run, scores, submissions
+from training import cli, metrics, run, scores, submissions
 from training.batches import Batch, Buckets, by_length, collate
 from training.checkpoint import CheckpointWriter
+from training.config import on_backend
 from training.examples import Task, TaskData, chosen, load
 from training.finetune_config import CUSTOM, FinetuneConfig, complete
 from training.inputs import N_SPECIALS, Encoded, encode
@@ -137,8 +136,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
         }  # fmt: skip
         writer.save(step, model, optimizer, tokenizer, state)
 
-    choice = contextlib.nullcontext() if config.backend == "auto" else use_backend(config.backend)
-    with choice, run.StopSignal() as stop, tqdm(
+    with on_backend(config.backend), run.StopSignal() as stop, tqdm(
         range(start, total), initial=start, total=total, unit="update", dynamic_ncols=True
     ) as bar:  # fmt: skip
         examples, clock = 0, time.perf_counter()  # since the last line of the log
@@ -344,7 +342,4 @@ def print_result(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(FinetuneConfig))
-    except (ImportError, OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main, FinetuneConfig)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from gpt1_kernels import GPT1LMHeadModel
+from training import cli
 from training.config import require
 from training.lstm import backbone_at, model_folder
 from training.sample import sample
@@ -110,9 +110,4 @@ def typed_lines() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(GenerateConfig))
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    cli.run(main, GenerateConfig)

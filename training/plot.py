@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from training import cli
 from training.plots import plot_runs
 
 
@@ -21,10 +21,10 @@ class PlotConfig:
     """The picture."""
 
 
+def main(config: PlotConfig) -> None:
+    plot_runs(config.runs, config.out)
+    print(config.out)
+
+
 if __name__ == "__main__":
-    try:
-        config = tyro.cli(PlotConfig)
-        plot_runs(config.runs, config.out)
-        print(config.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main, PlotConfig)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
@@ -10,13 +9,11 @@ from dataclasses import asdict, replace
 from itertools import chain
 
 import torch
-import tyro
 from tqdm import tqdm
 
-from gpt1_kernels import use_backend
-from training import data, lstm, metrics, run
+from training import cli, data, lstm, metrics, run
 from training.checkpoint import CheckpointWriter
-from training.config import PretrainConfig, complete
+from training.config import PretrainConfig, complete, on_backend
 from training.memory import keep_freed_memory
 from training.optim import make_optimizer, warmup_cosine
 from training.plots import plot_runs
@@ -124,8 +121,7 @@ def main(config: PretrainConfig) -> None:
         }  # fmt: skip
         writer.save(step, model, optimizer, tokenizer, state)
 
-    choice = contextlib.nullcontext() if config.backend == "auto" else use_backend(config.backend)
-    with choice, run.StopSignal() as stop, tqdm(
+    with on_backend(config.backend), run.StopSignal() as stop, tqdm(
         range(start, config.steps), initial=start, total=config.steps, unit="update",
         dynamic_ncols=True,
     ) as bar:  # fmt: skip
@@ -202,7 +198,4 @@ def pinned(batch: torch.Tensor, device: str) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(PretrainConfig))
-    except (ImportError, OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main, PretrainConfig)

@@ -12,7 +12,6 @@ The paper's heuristics (its section 5 and figure 2, right), over all checkpoints
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from gpt1_kernels import GPT1LMHeadModel
 from gpt1_kernels.model import IGNORE_INDEX
 from gpt1_kernels.ops import linear_cross_entropy
-from training import readers, run
+from training import cli, readers, run
 from training.checkpoint import Checkpoint, checkpoints
 from training.config import default_device, require
 from training.examples import Example, RowError, chosen, load
@@ -258,7 +257,4 @@ def mean_log_probabilities(
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(ZeroShotConfig))
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main, ZeroShotConfig)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import tyro
 
-from training import config
+from gpt1_kernels import backends
 from training.config import PretrainConfig, complete, default_dtype
 
 
@@ -103,14 +103,18 @@ def test_a_bad_value_is_named_with_what_was_expected(option, value, expected):
     assert str(raised.value).startswith(f"{flag}: {value}, expected {expected}")
 
 
-def test_a_backend_that_cannot_run_on_the_device_is_refused_at_once():
-    with pytest.raises(ValueError, match="--backend: cuda, but "):
-        complete(PretrainConfig(device="cpu", backend="cuda"))
+@pytest.mark.parametrize("asked_by", ["option", "environment"])
+def test_a_backend_that_cannot_run_on_the_device_is_refused_at_once(monkeypatch, asked_by):
+    monkeypatch.setattr(backends, "_environment_choice", backends._environment_choice.__wrapped__)
+    if asked_by == "environment":
+        monkeypatch.setenv("GPT1_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="backend 'cuda' was asked for but "):
+        complete(PretrainConfig(device="cpu", backend="cuda" if asked_by == "option" else "auto"))
 
 
 def test_a_backend_that_does_not_take_the_dtype_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(config, "unavailable_reason", lambda *_: None)
-    with pytest.raises(ValueError, match=r"cuda_host, but it does not take torch\.float32"):
+    monkeypatch.setattr(backends, "unavailable_reason", lambda *_: None)
+    with pytest.raises(ValueError, match=r"'cuda_host' was .* does not take torch\.float32"):
         complete(PretrainConfig(device="cpu", backend="cuda_host"))
     assert complete(PretrainConfig(device="cpu", backend="cuda_host", dtype="bf16"))
 
