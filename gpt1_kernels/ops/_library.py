@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -119,54 +119,47 @@ def matrix(tensor: Tensor) -> Tensor:
     return tensor if 1 in tensor.stride() else tensor.contiguous()
 
 
-def check_dtype(op: str, name: str, tensor: Tensor, allowed: Iterable[torch.dtype]) -> None:
-    """Raises TypeError unless the tensor is dense and of an allowed dtype, ValueError if None."""
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor | None,
+    dtypes: Collection[torch.dtype],
+    shape: Sequence[int | str] | None = None,
+    like: Tensor | None = None,
+) -> None:
+    """Checks an argument of an op.
+
+    Args:
+        dtypes: the allowed ones.
+        shape: the expected one, if not any; a string stands for any size and names the axis.
+        like: the activation, on whose device the tensor must be.
+
+    Raises:
+        TypeError: it is not dense, or of another dtype.
+        ValueError: it is None, has another shape, or is on another device.
+    """
     if tensor is None:
-        raise ValueError(f"{op}: {name} is None, expected a tensor")
+        expected = "a tensor" if shape is None else f"shape {_text(shape)}"
+        raise ValueError(f"{op}: {name} is None, expected {expected}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} has layout {tensor.layout}, expected a dense tensor")
-    if tensor.dtype not in allowed:
-        expected = ", ".join(str(d) for d in allowed)
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(dict.fromkeys(map(str, dtypes)))
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {expected}")
-
-
-def check_activation(op: str, name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless the tensor is fp32, bf16 or fp16."""
-    check_dtype(op, name, tensor, ACTIVATION_DTYPES)
-
-
-def check_parameter(op: str, name: str, tensor: Tensor, like: Tensor, shape) -> None:
-    """A bias or gain: dtype of the activation `like` or fp32, its device, this shape."""
-    if tensor is None:
-        raise ValueError(f"{op}: {name} is None, expected shape {tuple(shape)}")
-    check_dtype(op, name, tensor, dict.fromkeys((like.dtype, torch.float32)))
-    check_shape(op, name, tensor, shape)
-    check_device(op, name, tensor, like)
-
-
-def check_weight(op: str, name: str, tensor: Tensor, like: Tensor, shape) -> None:
-    """A product's weight: the dtype and device of the activation `like`, this shape."""
-    check_dtype(op, name, tensor, (like.dtype,))
-    check_shape(op, name, tensor, shape)
-    check_device(op, name, tensor, like)
-
-
-def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
-    """Raises ValueError unless the shape fits; a string stands for any size and names the axis."""
-    if tensor.shape == expected:
-        return
-    fits = tensor.dim() == len(expected) and all(
-        isinstance(e, str) or n == e for n, e in zip(tensor.shape, expected, strict=True)
-    )
-    if not fits:
-        wanted = str(tuple(expected)).replace("'", "")
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
-
-
-def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raises ValueError unless both tensors are on one device."""
-    if tensor.device != like.device:
+    if shape is not None and tensor.shape != shape and not _fits(tensor.shape, shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {_text(shape)}")
+    if like is not None and tensor.device != like.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, the activation is on {like.device}")
+
+
+def _fits(shape: Sequence[int], expected: Sequence[int | str]) -> bool:
+    return len(shape) == len(expected) and all(
+        isinstance(e, str) or n == e for n, e in zip(shape, expected, strict=True)
+    )
+
+
+def _text(shape: Sequence[int | str]) -> str:
+    return str(tuple(shape)).replace("'", "")
 
 
 def check_dropout(op: str, p: float, seed: Tensor | None, rows: int, like: Tensor) -> None:
@@ -177,8 +170,6 @@ def check_dropout(op: str, p: float, seed: Tensor | None, rows: int, like: Tenso
         return
     if seed is None:
         raise ValueError(f"{op}: seed is None, expected an int64 tensor of 2 elements at p > 0")
-    check_dtype(op, "seed", seed, (torch.int64,))
-    check_shape(op, "seed", seed, (2,))
-    check_device(op, "seed", seed, like)
+    check_tensor(op, "seed", seed, (torch.int64,), (2,), like)
     if rows > MAX_ROWS:
         raise ValueError(f"{op}: row_offset + rows is {rows}, expected at most {MAX_ROWS}")

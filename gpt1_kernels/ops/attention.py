@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends import resolve
+from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.ops._library import (
     apart,
     autocast,
-    check_activation,
-    check_device,
     check_dropout,
-    check_dtype,
-    check_shape,
+    check_tensor,
     define,
     last_contiguous,
     once,
@@ -151,16 +149,12 @@ def causal_attention(
     """
     op = "causal_attention"
     q, k, v = apart(*autocast(q, k, v))
-    check_activation(op, "q", q)
-    check_shape(op, "q", q, ("B", "Tq", "H", "D"))
+    check_tensor(op, "q", q, ACTIVATION_DTYPES, ("B", "Tq", "H", "D"))
     if q.shape[-1] < 1:
         raise ValueError(f"{op}: q has heads of size 0, expected at least 1")
     for name, tensor in (("k", k), ("v", v)):
-        check_dtype(op, name, tensor, (q.dtype,))
-        check_shape(
-            op, name, tensor, (q.shape[0], k.shape[1] if k.dim() > 1 else "Tk", *q.shape[2:])
-        )
-        check_device(op, name, tensor, q)
+        keys = k.shape[1] if k.dim() > 1 else "Tk"
+        check_tensor(op, name, tensor, (q.dtype,), (q.shape[0], keys, *q.shape[2:]), q)
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} positions, expected at most k's {k.shape[1]}")
     keep_bits = _checked_bits(op, q, q.shape[1], k.shape[1], q.shape[2], dropout_p, seed,
@@ -192,8 +186,7 @@ def causal_attention_qkvpacked(
     """
     op = "causal_attention_qkvpacked"
     (qkv,) = autocast(qkv)
-    check_activation(op, "qkv", qkv)
-    check_shape(op, "qkv", qkv, ("B", "T", "3C"))
+    check_tensor(op, "qkv", qkv, ACTIVATION_DTYPES, ("B", "T", "3C"))
     _, length, width = qkv.shape
     if n_head < 1:
         raise ValueError(f"{op}: n_head is {n_head}, expected at least 1")
@@ -214,13 +207,10 @@ def _checked_bits(
 ) -> Tensor | None:
     batch = activation.shape[0]
     if first_key is not None:
-        check_dtype(op, "first_key", first_key, (torch.int32,))
-        check_shape(op, "first_key", first_key, (batch,))
-        check_device(op, "first_key", first_key, activation)
+        check_tensor(op, "first_key", first_key, (torch.int32,), (batch,), activation)
     if keep_bits is not None and dropout_p > 0.0:
-        check_dtype(op, "keep_bits", keep_bits, (torch.int32,))
-        check_shape(op, "keep_bits", keep_bits, (batch, heads, queries, (keys + 31) // 32))
-        check_device(op, "keep_bits", keep_bits, activation)
+        shape = batch, heads, queries, (keys + 31) // 32
+        check_tensor(op, "keep_bits", keep_bits, (torch.int32,), shape, activation)
         return keep_bits.contiguous()
     rows = (row_offset + batch * queries) * heads
     check_dropout(op, dropout_p, seed, rows, activation)

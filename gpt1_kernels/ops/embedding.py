@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends import resolve
+from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.ops._library import (
     apart,
     autocast_dtype,
-    check_activation,
-    check_device,
     check_dropout,
-    check_dtype,
-    check_shape,
+    check_tensor,
     define,
     last_contiguous,
     once,
@@ -117,18 +115,16 @@ def embedding(
         ValueError: shapes that do not fit, T > P, tensors on two devices.
     """
     op = "embedding"
-    check_activation(op, "w_token", w_token)
-    check_shape(op, "w_token", w_token, ("V", "C"))
-    check_dtype(op, "w_position", w_position, (w_token.dtype,))
-    check_shape(op, "w_position", w_position, ("P", w_token.shape[1]))
-    check_dtype(op, "ids", ids, _INDEX_DTYPES)
-    check_shape(op, "ids", ids, ("B", "T"))
+    check_tensor(op, "w_token", w_token, ACTIVATION_DTYPES, ("V", "C"))
+    of_position = "P", w_token.shape[1]
+    check_tensor(op, "w_position", w_position, (w_token.dtype,), of_position, w_token)
+    check_tensor(op, "ids", ids, _INDEX_DTYPES, ("B", "T"), w_token)
     if position_ids is None and ids.shape[1] > w_position.shape[0]:
         raise ValueError(
             f"{op}: ids has {ids.shape[1]} positions, expected at most {w_position.shape[0]}"
         )
     if position_ids is not None:
-        check_dtype(op, "position_ids", position_ids, _INDEX_DTYPES)
+        check_tensor(op, "position_ids", position_ids, _INDEX_DTYPES, like=w_token)
         if position_ids.shape not in (ids.shape, (1, ids.shape[1]), ids.shape[1:]):
             raise ValueError(
                 f"{op}: position_ids has shape {tuple(position_ids.shape)}, expected (T,), (1, T) "
@@ -136,14 +132,7 @@ def embedding(
             )
         position_ids = position_ids.expand(ids.shape)
     if token_type_ids is not None:
-        check_dtype(op, "token_type_ids", token_type_ids, _INDEX_DTYPES)
-        check_shape(op, "token_type_ids", token_type_ids, ids.shape)
-    for name, tensor in (
-        ("ids", ids), ("w_position", w_position), ("position_ids", position_ids),
-        ("token_type_ids", token_type_ids),
-    ):  # fmt: skip
-        if tensor is not None:
-            check_device(op, name, tensor, w_token)
+        check_tensor(op, "token_type_ids", token_type_ids, _INDEX_DTYPES, ids.shape, w_token)
     check_dropout(op, dropout_p, seed, row_offset + ids.shape[0] * ids.shape[1], w_token)
     return _Embedding.apply(
         ids, *apart(w_token.contiguous(), w_position.contiguous()), position_ids, token_type_ids,

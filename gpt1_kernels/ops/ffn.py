@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends import resolve
+from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.ops._library import (
     apply,
     autocast,
-    check_activation,
-    check_parameter,
-    check_weight,
+    check_tensor,
     define,
     last_contiguous,
     matrix,
@@ -102,12 +101,13 @@ def gelu_ffn(
     """
     op = "gelu_ffn"
     x, w_fc, w_proj = autocast(x, w_fc, w_proj)
-    check_activation(op, "x", x)
+    check_tensor(op, "x", x, ACTIVATION_DTYPES)
     if x.dim() == 0:
         raise ValueError(f"{op}: x has shape (), expected (..., C)")
-    check_weight(op, "w_fc", w_fc, x, (x.shape[-1], "F"))
-    check_parameter(op, "b_fc", b_fc, x, w_fc.shape[1:])
-    check_weight(op, "w_proj", w_proj, x, (w_fc.shape[1], "C"))
+    bias_dtypes = x.dtype, torch.float32
+    check_tensor(op, "w_fc", w_fc, (x.dtype,), (x.shape[-1], "F"), x)
+    check_tensor(op, "b_fc", b_fc, bias_dtypes, w_fc.shape[1:], x)
+    check_tensor(op, "w_proj", w_proj, (x.dtype,), (w_fc.shape[1], "C"), x)
     if b_proj is not None:
-        check_parameter(op, "b_proj", b_proj, x, w_proj.shape[1:])
+        check_tensor(op, "b_proj", b_proj, bias_dtypes, w_proj.shape[1:], x)
     return apply(_GeluFFN, x, w_fc, b_fc, w_proj, b_proj, resolve(op, x))

@@ -20,16 +20,13 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends import resolve
+from gpt1_kernels.numerics import ACTIVATION_DTYPES
 from gpt1_kernels.ops._library import (
     apart,
     apply,
     autocast,
-    check_activation,
-    check_device,
     check_dropout,
-    check_dtype,
-    check_parameter,
-    check_shape,
+    check_tensor,
     define,
     last_contiguous,
     once,
@@ -161,8 +158,7 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
         TypeError: an unsupported dtype.
         ValueError: shapes that do not fit, tensors on two devices.
     """
-    check_activation("layer_norm", "x", x)
-    _check_parameters("layer_norm", x, w, b)
+    _check("layer_norm", x, w, b)
     y = _LayerNorm.apply(x, w, b, eps, resolve("layer_norm", x, width=x.shape[-1]))
     return autocast(y)[0]  # y, not x: 16 bits cannot hold small deviations from a large mean
 
@@ -201,13 +197,10 @@ def dropout_add_layer_norm(
     """
     op = "dropout_add_layer_norm"
     x, residual = apart(*autocast(x, residual))
-    check_activation(op, "x", x)
-    check_dtype(op, "residual", residual, (x.dtype,))
-    check_shape(op, "residual", residual, x.shape)
-    check_device(op, "residual", residual, x)
-    _check_parameters(op, x, w, b)
+    _check(op, x, w, b)
+    check_tensor(op, "residual", residual, (x.dtype,), x.shape, x)
     if x_bias is not None:
-        check_parameter(op, "x_bias", x_bias, x, x.shape[-1:])
+        check_tensor(op, "x_bias", x_bias, (x.dtype, torch.float32), x.shape[-1:], x)
     check_dropout(op, dropout_p, seed, row_offset + prod(x.shape[:-1]), x)
     return apply(
         _DropoutAddLayerNorm, x, residual, w, b, x_bias,
@@ -216,8 +209,9 @@ def dropout_add_layer_norm(
     )  # fmt: skip
 
 
-def _check_parameters(op: str, x: Tensor, w: Tensor, b: Tensor) -> None:
+def _check(op: str, x: Tensor, w: Tensor, b: Tensor) -> None:
+    check_tensor(op, "x", x, ACTIVATION_DTYPES)
     if x.dim() == 0:
         raise ValueError(f"{op}: x has shape (), expected (..., C)")
-    check_parameter(op, "w", w, x, x.shape[-1:])
-    check_parameter(op, "b", b, x, x.shape[-1:])
+    for name, vector in (("w", w), ("b", b)):
+        check_tensor(op, name, vector, (x.dtype, torch.float32), x.shape[-1:], x)

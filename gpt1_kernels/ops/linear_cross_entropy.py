@@ -22,10 +22,7 @@ from gpt1_kernels.ops._library import (
     apply,
     autocast,
     autocast_dtype,
-    check_activation,
-    check_device,
-    check_dtype,
-    check_shape,
+    check_tensor,
     define,
     last_contiguous,
     matrix,
@@ -157,19 +154,14 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     (h,) = autocast(h)
-    check_activation(op, "h", h)
+    check_tensor(op, "h", h, ACTIVATION_DTYPES)
     if h.dim() == 0:
         raise ValueError(f"{op}: h has shape (), expected (..., C)")
-    check_dtype(op, "w", w, (h.dtype,) if autocast_dtype(h) is None else ACTIVATION_DTYPES)
-    check_shape(op, "w", w, ("V", h.shape[-1]))
-    check_device(op, "w", w, h)
-    check_dtype(op, "targets", targets, (torch.int64,))
-    check_shape(op, "targets", targets, h.shape[:-1])
-    check_device(op, "targets", targets, h)
+    w_dtypes = (h.dtype,) if autocast_dtype(h) is None else ACTIVATION_DTYPES
+    check_tensor(op, "w", w, w_dtypes, ("V", h.shape[-1]), h)
+    check_tensor(op, "targets", targets, (torch.int64,), h.shape[:-1], h)
     if token_weight is not None:
-        check_dtype(op, "token_weight", token_weight, (torch.float32,))
-        check_shape(op, "token_weight", token_weight, h.shape[:-1])
-        check_device(op, "token_weight", token_weight, h)
+        check_tensor(op, "token_weight", token_weight, (torch.float32,), h.shape[:-1], h)
         if token_weight.requires_grad:
             raise ValueError(f"{op}: token_weight requires a gradient, which it does not have")
         token_weight = token_weight.reshape(-1)
