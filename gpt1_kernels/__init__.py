@@ -3,6 +3,11 @@
 from gpt1_kernels.backends import backend_report, use_backend
 from gpt1_kernels.config import GPT1Config
 from gpt1_kernels.errors import check_errors
+from gpt1_kernels.heads import (
+    GPT1DoubleHeadsModel,
+    GPT1ForSequenceClassification,
+    GPT1LMHeadModel,
+)
 from gpt1_kernels.layers import (
     CausalSelfAttention,
     DropoutAddLayerNorm,
@@ -10,12 +15,7 @@ from gpt1_kernels.layers import (
     LayerNorm,
     LinearCrossEntropyLoss,
 )
-from gpt1_kernels.model import (
-    GPT1DoubleHeadsModel,
-    GPT1ForSequenceClassification,
-    GPT1LMHeadModel,
-    GPT1Model,
-)
+from gpt1_kernels.model import GPT1Model
 from gpt1_kernels.task_model import GPT1TaskModel
 
 __all__ = [

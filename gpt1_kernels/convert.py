@@ -21,12 +21,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 
 from gpt1_kernels.config import GPT1Config
-from gpt1_kernels.model import (
+from gpt1_kernels.heads import (
     GPT1DoubleHeadsModel,
     GPT1ForSequenceClassification,
     GPT1LMHeadModel,
-    GPT1Model,
 )
+from gpt1_kernels.model import GPT1Model
 from gpt1_kernels.pretrained import WEIGHTS, PretrainedMixin, config_values
 
 SHAPES, PARTS, ARRAYS_PER_LAYER = "params_shapes.json", 10, 12

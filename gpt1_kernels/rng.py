@@ -88,6 +88,14 @@ def keep_mask_of_rows(seed: Tensor, row_numbers: Tensor, columns: int, p: float)
     return (values >= threshold(p)).flatten(1)[:, :columns]
 
 
+def dropout(x: Tensor, p: float, seed: Tensor | None, row_offset: int) -> Tensor:
+    """Dropout over the last axis of (..., C) with the stream's bits, outside any fused op."""
+    if p == 0.0:
+        return x
+    keep = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p, row_offset)
+    return torch.where(keep.view(x.shape), x * keep_scale(p), 0)
+
+
 def pack_bits(mask: Tensor) -> Tensor:
     """Packs bool (..., columns) into int32 (..., ceil(columns / 32)); column j is bit j mod 32."""
     words = (mask.shape[-1] + 31) // 32

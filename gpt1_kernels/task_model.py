@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from gpt1_kernels import ops
 from gpt1_kernels.config import GPT1Config
-from gpt1_kernels.model import ModelOutput, MultipleChoiceHead, _dropout, _Headed
+from gpt1_kernels.heads import Headed, MultipleChoiceHead
+from gpt1_kernels.outputs import ModelOutput
+from gpt1_kernels.rng import dropout
 
 Head = Literal["sum", "choice"]
 HEAD_KEY = "task_head"
 
 
-class GPT1TaskModel(_Headed):
+class GPT1TaskModel(Headed):
     """The fine-tuned GPT-1 of the paper's section 3.3: dropout, then a linear layer with a bias.
 
     Head `sum` adds the states at the extract tokens of an example (one sequence, or the two orders
@@ -100,6 +102,6 @@ class GPT1TaskModel(_Headed):
             states = h[torch.arange(len(h), device=h.device), extract]  # (N, C)
             summed = states[members].sum(1)  # (B, C)
             if seed is not None:
-                summed = _dropout(summed, p, seed, first_sequence // members.shape[1])
+                summed = dropout(summed, p, seed, first_sequence // members.shape[1])
             logits = self.classifier(summed)
         return ModelOutput(lm_loss=lm_loss, logits=logits)

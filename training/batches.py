@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt1_kernels.model import IGNORE_INDEX
+from gpt1_kernels.heads import IGNORE_INDEX
 from training.inputs import Encoded
 
 PADDING = 0

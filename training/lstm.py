@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from gpt1_kernels import GPT1Config, GPT1LMHeadModel, GPT1Model, GPT1TaskModel
 from gpt1_kernels.cache import LayerCache
-from gpt1_kernels.model import _dropout
 from gpt1_kernels.pretrained import read_config
-from gpt1_kernels.rng import residual_sites
+from gpt1_kernels.rng import dropout, residual_sites
 from training.run import CHECKPOINTS, CONFIG, read_json
 
 MODEL_TYPE, UNITS = "gpt1-lstm", "lstm_units"  # in config.json; transformers refuses the former
@@ -57,7 +56,7 @@ class LSTMBlock(nn.Module):
         y, _ = self.lstm(h)
         y = y[:, -length:]
         if seeds is not None:
-            y = _dropout(y, self.dropout_p, seeds[self.site], row_offset)
+            y = dropout(y, self.dropout_p, seeds[self.site], row_offset)
         h = self.c_proj(y)
         return h, h
 

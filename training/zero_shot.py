@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from gpt1_kernels import GPT1LMHeadModel
-from gpt1_kernels.model import IGNORE_INDEX
+from gpt1_kernels.heads import IGNORE_INDEX
 from gpt1_kernels.ops import linear_cross_entropy
 from training import cli, readers, run
 from training.checkpoint import Checkpoint, checkpoints
