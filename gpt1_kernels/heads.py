@@ -48,13 +48,16 @@ class Headed(nn.Module, PretrainedMixin):
     def dropout_stream(self) -> DropoutStream:
         return self.transformer.dropout_stream
 
-    def gradient_checkpointing_enable(self, **_: Any) -> None:
-        """See `GPT1Model.gradient_checkpointing_enable`."""
-        self.transformer.gradient_checkpointing_enable()
+    def activation_checkpointing_enable(self, **_: Any) -> None:
+        """See `GPT1Model.activation_checkpointing_enable`."""
+        self.transformer.activation_checkpointing_enable()
 
-    def gradient_checkpointing_disable(self) -> None:
-        """See `GPT1Model.gradient_checkpointing_disable`."""
-        self.transformer.gradient_checkpointing_disable()
+    def activation_checkpointing_disable(self) -> None:
+        """See `GPT1Model.activation_checkpointing_disable`."""
+        self.transformer.activation_checkpointing_disable()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
         """See `GPT1Model.resize_token_embeddings`; the tied output matrix follows."""

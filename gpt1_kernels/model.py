@@ -254,13 +254,17 @@ class GPT1Model(nn.Module, PretrainedMixin):
         of_heads = shape[:-1].numel(), self.config.n_head, length, length
         return draw_ahead([seeds[attention_site(n)] for n in layers], of_heads, p, row_offset)
 
-    def gradient_checkpointing_enable(self, **_: Any) -> None:
+    def activation_checkpointing_enable(self, **_: Any) -> None:
         """Keeps only the blocks' inputs and recomputes the rest, whatever options are given."""
         self.gradient_checkpointing = True
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keeps again what backward reads."""
         self.gradient_checkpointing = False
+
+    # Their names in `transformers` before version 6.
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
         """Cuts the token table, or grows it by rows drawn N(0, initializer_range)."""

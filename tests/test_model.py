@@ -102,8 +102,9 @@ def test_micro_batches_draw_what_the_whole_batch_draws():
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_row19_checkpointing_changes_no_gradient(autocast):
+def test_row19_checkpointing_changes_no_gradient(autocast, name):
     model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(2, T)
     seeds = model.dropout_stream.seeds(3)
 
@@ -115,11 +116,11 @@ def test_row19_checkpointing_changes_no_gradient(autocast):
         return loss, gradients(model)
 
     loss, expected = run()
-    model.gradient_checkpointing_enable()
+    getattr(model, f"{name}_enable")()
     again, actual = run()
     assert torch.equal(loss, again)
     assert_same(actual, expected)
-    model.gradient_checkpointing_disable()
+    getattr(model, f"{name}_disable")()
     assert not model.transformer.gradient_checkpointing
 
 

@@ -50,10 +50,20 @@ def compiled(what: str, capability: int):
 on_each_chip = pytest.mark.parametrize("capability", list(MATRIX_UNIT))
 
 
-@pytest.mark.parametrize(
+dtypes = pytest.mark.parametrize(
     "dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow),
               pytest.param("float16", marks=pytest.mark.slow)]
 )  # fmt: skip
+
+
+@pytest.fixture
+def measured_version():
+    """Skips what holds for the Triton of the baseline: ptxas of another may spill a few bytes."""
+    if reason := baseline.mismatch("triton", triton_code.versions()):
+        pytest.skip(reason)
+
+
+@dtypes
 @on_each_chip
 def test_kernels_fit_their_chip(capability, dtype):
     rows = triton_code.compiled(capability, dtype)
@@ -73,19 +83,23 @@ def test_kernels_fit_their_chip(capability, dtype):
         "sum_rows_kernel",
     }
     for row in rows:
-        assert row["stack"] == row["local"] == 0, row
         assert row["shared"] <= row["shared_limit"], row
-        assert row["accesses"], row
-        allowed, _ = NARROW.get(row["kernel"], (0, ""))
-        assert len(narrow_accesses(row["accesses"])) <= allowed, row
         multiplies = row["kernel"] in MULTIPLYING and dtype != "float32"
         assert (MATRIX_UNIT[capability] in row["matrix_units"]) is multiplies, row
 
 
+@dtypes
 @on_each_chip
-def test_the_code_is_the_baselines(capability):
-    if reason := baseline.mismatch("triton", triton_code.versions()):
-        pytest.skip(reason)
+def test_nothing_spills_and_accesses_are_wide(capability, dtype, measured_version):
+    for row in triton_code.compiled(capability, dtype):
+        assert row["stack"] == row["local"] == 0, row
+        assert row["accesses"], row
+        allowed, _ = NARROW.get(row["kernel"], (0, ""))
+        assert len(narrow_accesses(row["accesses"])) <= allowed, row
+
+
+@on_each_chip
+def test_the_code_is_the_baselines(capability, measured_version):
     baseline.check("triton", triton_code.rows(capability))
 
 
