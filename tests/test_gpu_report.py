@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
 def test_every_part_finds_something(whole):
     _, found = whole
     assert found["device"] == "cpu"
-    assert found["machine"]["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["machine"]["packages"]["torch"])  # +cu130 is left out
     assert found["parts"].keys() == PARTS.keys() - {"machine"}
     for name, part in found["parts"].items():
         assert part["found"], name
