@@ -262,7 +262,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
         """Keeps again what backward reads."""
         self.gradient_checkpointing = False
 
-    # Their names in `transformers` before version 6.
+    # Their older names in `transformers`, whose Trainer calls them until version 6.
     gradient_checkpointing_enable = activation_checkpointing_enable
     gradient_checkpointing_disable = activation_checkpointing_disable
 

@@ -711,11 +711,17 @@ def test_row24_wrong_ranks_and_sizes_are_named(case):
         (lambda x: ops.causal_attention_qkvpacked(x[None], 0), "n_head is 0, expected at least 1"),
         (lambda x: ops.causal_attention_qkvpacked(x[None, :, :0], 1), "width 0, expected"),
         (lambda x: ops.layer_norm(x, None, x[0]), r"w is None, expected shape \(48,\)"),
+        (lambda x: ops.gelu_ffn(None, x.t(), x[0], x), "x is None, expected a tensor"),
+        (lambda x: ops.causal_attention_qkvpacked(None, 2), r"qkv is None, .* \(B, T, 3C\)"),
         (lambda x: ops.gelu_ffn(x, x.t(), None, x), r"b_fc is None, expected shape \(9,\)"),
         (lambda x: ops.gelu_ffn(x, None, x[0], x), r"w_fc is None, expected shape \(48, F\)"),
         (lambda x: ops.gelu_ffn(x, x.t(), x[:, 0], None), r"w_proj is None, .* shape \(9, C\)"),
         (lambda x: ops.linear_cross_entropy(x, x, None), r"targets is None, expected shape \(9,\)"),
         (lambda x: ops.causal_attention(*[x[None, :, None]] * 2, None), "v is None, expected"),
+        (
+            lambda x: ops.causal_attention(x[None, :, None], None, x[None, :, None]),
+            r"k is None, expected shape \(1, Tk, 1, 48\)",
+        ),
         (
             lambda x: ops.linear_cross_entropy(x, x, torch.arange(9), reduction="max"),
             "reduction is 'max', expected one of",

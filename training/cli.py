@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import tyro
@@ -28,8 +28,16 @@ def run(main: Callable[[Any], None], config: type) -> None:
 
 def _require_lists_once(config: type) -> None:
     """Raises ValueError where a list is given in two parts, of which the first would be lost."""
-    for field in fields(config):
-        option = f"--{field.name.replace('_', '-')}"
+    for option in _lists(config, "--"):
         given = sum(word.partition("=")[0] == option for word in sys.argv[1:])
-        if str(field.type).startswith("tuple[") and given > 1:
+        if given > 1:
             raise ValueError(f"{option}: given {given} times, expected once, with all values")
+
+
+def _lists(config: type, prefix: str) -> Iterator[str]:
+    for field in fields(config):
+        option = prefix + field.name.replace("_", "-")
+        if is_dataclass(field.default_factory):  # options within an option, as --custom.texts
+            yield from _lists(field.default_factory, f"{option}.")
+        elif str(field.type).startswith("tuple["):
+            yield option

@@ -46,11 +46,10 @@ def open_run(config: PretrainConfig | FinetuneConfig) -> Checkpoint | None:
     """
     out = usable(config.out)
     goes_on = config.resume != "never"
-    interrupted = goes_on and (any(checkpoints(out / CHECKPOINTS)) or _stopped_early(out))
-    if not (_is_new(out) or interrupted):
-        raise FileExistsError(f"--out: {out} is not empty, expected a new folder")
+    _require_free(out, goes_on)  # before a lock is written into a folder of something else
     if not _claim(out):
         raise FileExistsError(f"--out: {out} is in use by another run")
+    _require_free(out, goes_on)  # a run may have begun and ended before the lock was ours
     if goes_on and (checkpoint := newest(out / CHECKPOINTS)) is not None:
         return checkpoint
     return None if config.resume in ("auto", "never") else _at(Path(config.resume))
@@ -60,7 +59,7 @@ def next_folder(name: str) -> Path:
     """The first of runs/<name>-1, runs/<name>-2, … that is new or empty, and that no run is in."""
     for number in count(1):
         folder = usable(Path(f"runs/{name}-{number}"))
-        if _is_new(folder) and _claim(folder):
+        if _is_new(folder) and _claim(folder) and _is_new(folder):  # as in `open_run`
             return folder
 
 
@@ -180,7 +179,10 @@ _claimed: dict[Path, FileLock] = {}  # the folder of this process's run
 
 
 def _claim(folder: Path) -> bool:
-    """Locks a folder until this process ends or claims another; False if another process did."""
+    """Locks a folder until this process ends or claims another; False if another process did.
+
+    Where there are no locks, as in some network file systems, nothing is locked.
+    """
     folder = folder.resolve()
     if folder not in _claimed:
         lock = FileLock(folder / LOCK)
@@ -188,10 +190,18 @@ def _claim(folder: Path) -> bool:
             lock.acquire(timeout=0)
         except Timeout:
             return False
+        except OSError:
+            pass
         while _claimed:
             _claimed.popitem()[1].release()
         _claimed[folder] = lock
     return True
+
+
+def _require_free(out: Path, goes_on: bool) -> None:
+    interrupted = goes_on and (any(checkpoints(out / CHECKPOINTS)) or _stopped_early(out))
+    if not (_is_new(out) or interrupted):
+        raise FileExistsError(f"--out: {out} is not empty, expected a new folder")
 
 
 def _is_new(folder: Path) -> bool:

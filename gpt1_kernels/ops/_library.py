@@ -96,7 +96,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Casts tensors to the autocast dtype of the first one's device, if autocast is on there."""
-    dtype = autocast_dtype(tensors[0])
+    dtype = None if tensors[0] is None else autocast_dtype(tensors[0])
     if dtype is None:
         return list(tensors)
     return [t.to(dtype) if t is not None and t.dtype in ACTIVATION_DTYPES else t for t in tensors]

@@ -152,9 +152,8 @@ def causal_attention(
     check_tensor(op, "q", q, ACTIVATION_DTYPES, ("B", "Tq", "H", "D"))
     if q.shape[-1] < 1:
         raise ValueError(f"{op}: q has heads of size 0, expected at least 1")
-    for name, tensor in (("k", k), ("v", v)):
-        keys = k.shape[1] if k.dim() > 1 else "Tk"
-        check_tensor(op, name, tensor, (q.dtype,), (q.shape[0], keys, *q.shape[2:]), q)
+    check_tensor(op, "k", k, (q.dtype,), (q.shape[0], "Tk", *q.shape[2:]), q)
+    check_tensor(op, "v", v, (q.dtype,), k.shape, q)
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} positions, expected at most k's {k.shape[1]}")
     keep_bits = _checked_bits(op, q, q.shape[1], k.shape[1], q.shape[2], dropout_p, seed,

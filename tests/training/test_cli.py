@@ -6,6 +6,7 @@ import pytest
 
 from training import cli
 from training.config import PretrainConfig
+from training.finetune_config import FinetuneConfig
 
 
 def status(monkeypatch, main, *words: str) -> int | str | None:
@@ -47,6 +48,12 @@ def test_a_bug_has_one(monkeypatch):
 def test_a_list_given_twice_is_refused(monkeypatch, again):
     expected = "error: --data: given 2 times, expected once, with all values"
     assert status(monkeypatch, print, "--data", "a", *again) == expected
+
+
+def test_a_list_within_an_option_is_refused_too(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--custom.texts", "a", "--custom.texts", "b"])
+    with pytest.raises(SystemExit, match=r"error: --custom\.texts: given 2 times"):
+        cli.run(print, FinetuneConfig)
 
 
 def test_of_another_option_the_last_counts(monkeypatch):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from tests.training.conftest import EVERY, STEPS
 from training import checkpoint, metrics, static_step
+from training import run as run_folder
 from training.config import PretrainConfig
 from training.finetune_config import FinetuneConfig
 from training.run import LOCK, StopSignal, cut_logs, identity, next_folder, require_same, write_json
@@ -281,6 +282,29 @@ def test_a_folder_that_another_run_is_in_is_refused(run, tmp_path, another_run):
     another_run(tmp_path / "taken")
     with pytest.raises(FileExistsError, match=r"--out: .*taken is in use by another run"):
         run(tmp_path / "taken")
+
+
+def test_a_run_that_ends_before_the_lock_is_ours_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    claim = run_folder._claim
+
+    def claim_late(folder: Path) -> bool:
+        if folder.name != "mini-2":
+            write_json(folder / "result.json", {})
+        return claim(folder)
+
+    monkeypatch.setattr(run_folder, "_claim", claim_late)
+    with pytest.raises(FileExistsError, match="taken is not empty, expected a new folder"):
+        run_folder.open_run(PretrainConfig(out=tmp_path / "taken"))
+    assert next_folder("mini") == Path("runs/mini-2")
+
+
+def test_a_run_starts_where_there_are_no_locks(tmp_path, monkeypatch):
+    def refuse(lock, **_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert run_folder.open_run(PretrainConfig(out=tmp_path / "out")) is None
 
 
 def test_a_run_without_a_name_starts_in_no_folder_of_another(tmp_path, monkeypatch, another_run):
