@@ -41,7 +41,8 @@ def whole(tmp_path_factory):
 def test_every_part_finds_something(whole):
     _, found = whole
     assert found["device"] == "cpu"
-    assert torch.__version__.startswith(found["machine"]["packages"]["torch"])  # +cu130 is left out
+    version = found["machine"]["packages"]["torch"]  # PyPI's lacks the +cu130 of torch.__version__
+    assert version.partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["parts"].keys() == PARTS.keys() - {"machine"}
     for name, part in found["parts"].items():
         assert part["found"], name

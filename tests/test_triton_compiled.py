@@ -4,9 +4,11 @@ The kernels are those that the ops launch at GPT-1's shapes.
 """
 
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 pytest.importorskip("triton")
 
@@ -56,13 +58,6 @@ dtypes = pytest.mark.parametrize(
 )  # fmt: skip
 
 
-@pytest.fixture
-def measured_version():
-    """Skips what holds for the Triton of the baseline: ptxas of another may spill a few bytes."""
-    if reason := baseline.mismatch("triton", triton_code.versions()):
-        pytest.skip(reason)
-
-
 @dtypes
 @on_each_chip
 def test_kernels_fit_their_chip(capability, dtype):
@@ -88,9 +83,13 @@ def test_kernels_fit_their_chip(capability, dtype):
         assert (MATRIX_UNIT[capability] in row["matrix_units"]) is multiplies, row
 
 
+@pytest.mark.skipif(
+    Version(metadata.version("triton")) < Version("3.9"),
+    reason="before Triton 3.9 a few bytes spill, and embedding_bwd_kernel has narrow accesses",
+)
 @dtypes
 @on_each_chip
-def test_nothing_spills_and_accesses_are_wide(capability, dtype, measured_version):
+def test_nothing_spills_and_accesses_are_wide(capability, dtype):
     for row in triton_code.compiled(capability, dtype):
         assert row["stack"] == row["local"] == 0, row
         assert row["accesses"], row
@@ -99,7 +98,9 @@ def test_nothing_spills_and_accesses_are_wide(capability, dtype, measured_versio
 
 
 @on_each_chip
-def test_the_code_is_the_baselines(capability, measured_version):
+def test_the_code_is_the_baselines(capability):
+    if reason := baseline.mismatch("triton", triton_code.versions()):
+        pytest.skip(reason)
     baseline.check("triton", triton_code.rows(capability))
 
 
