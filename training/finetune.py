@@ -177,11 +177,13 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
                         tokenizer.save(out / "model")
                 if save_due or stop.received:
                     save(done)
-                if stop.received and done < total:
-                    writer.wait()
-                    bar.close()
-                    print(f"{stop.received.name}: saved at step {done}; --out {out} goes on there")
-                    sys.exit(128 + stop.received)
+                    if stop.received and done < total:
+                        writer.wait()
+                        bar.close()
+                        print(
+                            f"{stop.received.name}: saved at step {done}; --out {out} goes on there"
+                        )
+                        sys.exit(128 + stop.received)
                 examples, clock = 0, time.perf_counter()
         writer.wait()
 

@@ -165,11 +165,13 @@ def main(config: PretrainConfig) -> None:
                     write_sample(done)
                 if due["checkpoint_every"] or stop.received:
                     save(done)
-                if stop.received and done < config.steps:
-                    writer.wait()
-                    bar.close()
-                    print(f"{stop.received.name}: saved at step {done}; --out {out} goes on there")
-                    sys.exit(128 + stop.received)
+                    if stop.received and done < config.steps:
+                        writer.wait()
+                        bar.close()
+                        print(
+                            f"{stop.received.name}: saved at step {done}; --out {out} goes on there"
+                        )
+                        sys.exit(128 + stop.received)
                 tokens, clock = 0, time.perf_counter()
     writer.wait()
 

@@ -103,6 +103,27 @@ def test_row29_an_interrupted_lstm_goes_on_to_the_same_bits(
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_row29_a_signal_between_two_looks_at_it_does_not_stop_a_run_that_did_not_save(
+    run, tmp_path, monkeypatch
+):
+    class Late(StopSignal):
+        looks = 0
+
+        @property
+        def received(self):
+            self.looks += 1
+            return None if self.looks == 1 else signal.SIGTERM
+
+        @received.setter
+        def received(self, value):
+            pass
+
+    monkeypatch.setattr(run_folder, "StopSignal", Late)
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    assert checkpoint.newest(tmp_path / "checkpoints") is not None
+
+
 def test_a_second_signal_is_not_caught():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
