@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from benchmarks.cases import Case, draw, oracle, results
 from benchmarks.peers import YARDSTICKS, Implementation
@@ -48,13 +49,13 @@ class Comparison:
     """The same of ours."""
 
 
+# Else a compiled backward may overwrite what was saved for it, and can run only once.
+@functorch_config.patch(donated_buffer=False)
 def compare(
     case: Case, candidates: Sequence[Implementation], device: str, dtype: torch.dtype, rounds: int
 ) -> Comparison:
     """Checks implementations of a case, and times those that are right, and the yardstick."""
     torch.compiler.reset()  # else it stops compiling a function after a handful of shapes
-    # Else a compiled backward may overwrite what was saved for it, and can run only once.
-    torch._functorch.config.donated_buffer = False
     tensors = draw(case, device, dtype)
     check, right, problems, failures = Check(case, tensors), {}, {}, {}
     for implementation in candidates:
