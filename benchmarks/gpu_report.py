@@ -63,12 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{', '.join(names)} …", flush=True)
         left = deadline - time.monotonic()
         if left <= 0:
-            lacking = Outcome([], f"nothing was left of {options.minutes:g} minutes", 0.0)
-            outcomes = {name: lacking for name in names if name not in results["parts"]}
+            problem = f"nothing was left of {options.minutes:g} minutes"
+            outcomes = dict.fromkeys(names, Outcome([], problem, 0.0, timed_out=True))
         else:
             outcomes = run_together(names, options.device, left)
         for name, outcome in outcomes.items():
-            if outcome.timed_out and results["parts"].get(name, {"problem": ""})["problem"] is None:
+            before = results["parts"].get(name)
+            better = before and (before["problem"] is None or not outcome.found)
+            if outcome.timed_out and better:
                 late.append((name, f"{outcome.problem}, so its earlier results stay"))
                 continue
             results["parts"][name] = {

@@ -134,12 +134,17 @@ def test_no_part_starts_after_the_last_minute(tmp_path, monkeypatch):
     assert found["parts"]["layer_norm"]["problem"] == "nothing was left of 0.001 minutes"
 
 
-def test_a_part_that_is_not_run_keeps_what_it_found_before(tmp_path, monkeypatch):
+def test_a_part_that_is_not_run_keeps_what_it_found_before(tmp_path, monkeypatch, capsys):
     stub(monkeypatch, layer_norm=lambda plan, emit: emit({"found": 1}))
     _, before = report(tmp_path, "--only", "layer_norm")
     stub(monkeypatch, ceilings=lambda plan, emit: time.sleep(0.2))
-    _, found = report(tmp_path, "--minutes", "0.001", "--only", "ceilings", "layer_norm")
+    status, found = report(tmp_path, "--minutes", "0.001", "--only", "ceilings", "layer_norm")
     assert found["parts"]["layer_norm"] == before["parts"]["layer_norm"]
+    assert status == 1
+    assert (
+        "layer_norm: nothing was left of 0.001 minutes, so its earlier results stay"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_part_that_runs_out_of_time_replaces_none_that_did_not(tmp_path, monkeypatch, capsys):
