@@ -53,7 +53,9 @@ class LSTMBlock(nn.Module):
         length = h.shape[1]
         if cache is not None:  # not worth a state of its own: the layer runs over all of it again
             h, _ = cache.append(h, h)
-        y, _ = self.lstm(h)
+        # Autocast would run it in fp16 on a GPU, where most of its gradients are zero.
+        with torch.autocast(h.device.type, enabled=False):
+            y, _ = self.lstm(h.to(self.lstm.weight_ih_l0.dtype))
         y = y[:, -length:]
         if seeds is not None:
             y = dropout(y, self.dropout_p, seeds[self.site], row_offset)

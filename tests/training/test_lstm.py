@@ -63,6 +63,19 @@ def test_the_states_are_those_of_the_recurrence(dropout):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_layer_runs_in_fp32_under_autocast():
+    model, seen = randomised(lstm.LSTMModel(config())), []
+
+    def note(module, args):
+        seen.append((args[0].dtype, torch.is_autocast_enabled(args[0].device.type)))
+
+    model.h[0].lstm.register_forward_pre_hook(note)
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        state = model(tokens(3, T)).last_hidden_state
+    assert seen == [(torch.float32, False)]
+    assert state.dtype == torch.bfloat16
+
+
 def test_no_state_sees_what_follows():
     model = randomised(lstm.LSTMModel(config())).eval()
     ids = tokens(2, T)
