@@ -106,23 +106,16 @@ def complete(config: PretrainConfig) -> PretrainConfig:
     """
     device = default_device(config.device)
     preset = config.preset or ("gpt1" if device.type == "cuda" else "mini")
-    recipe = {k: v for k, v in vars(PRESETS[preset]).items() if getattr(config, k) is None}
-    config = replace(config, **recipe)
+    config = _filled(config, **vars(PRESETS[preset]))
     require(config, ("steps", "batch_size", "accumulate"), lambda x: x >= 1, "at least 1")
-    tenth = max(1, config.steps // 10)
-    eval_every = tenth if config.eval_every is None else config.eval_every
+    tenth, warmup = max(1, config.steps // 10), int(WARMUP_SHARE * config.steps)
+    config = _filled(
+        config, warmup=min(PAPER_WARMUP, warmup), eval_every=tenth, checkpoint_every=tenth,
+        dtype=default_dtype(device),
+    )  # fmt: skip
+    config = _filled(config, sample_every=config.eval_every)
     config = replace(
-        config,
-        preset=preset,
-        out=config.out or next_folder(preset),
-        warmup=min(PAPER_WARMUP, int(WARMUP_SHARE * config.steps))
-        if config.warmup is None
-        else config.warmup,
-        eval_every=eval_every,
-        sample_every=eval_every if config.sample_every is None else config.sample_every,
-        checkpoint_every=tenth if config.checkpoint_every is None else config.checkpoint_every,
-        device=str(device),
-        dtype=config.dtype or default_dtype(device),
+        config, preset=preset, device=str(device), out=config.out or next_folder(preset)
     )
     require(config, ("vocab_size",), lambda x: x is None or x >= 1, "at least 1")
     require(config, ("vocab_size",), lambda x: x is None or config.tokenizer is None,
@@ -149,6 +142,10 @@ def complete(config: PretrainConfig) -> PretrainConfig:
             )
     require_backend(config, device)
     return config
+
+
+def _filled(config: PretrainConfig, **defaults: Any) -> PretrainConfig:
+    return replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
 
 
 def require_backend(config: object, device: torch.device) -> None:
