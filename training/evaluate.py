@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,19 +50,18 @@ def main(config: EvaluateConfig) -> None:
     model = backbone_at(folder).language_model.from_pretrained(folder).to(config.device)
     tokenizer = Tokenizer.open(folder)
     store = tokenised(corpus.validation, tokenizer)
-    losses = []
-    for start, stop in tqdm(list(zip(store.bounds, store.bounds[1:], strict=False)), unit="text"):
+    nats = tokens = 0
+    for start, stop in tqdm(list(pairwise(store.bounds)), unit="text"):
         document = store.tokens[start:stop]
         if len(document) < 2:  # nothing to predict
             continue
-        losses.append((mean_loss(model, document, config), len(document)))
+        loss = mean_loss(model, document, config)
+        nats, tokens = nats + loss * len(document), tokens + len(document)
         name = tokenizer.decode(document[:NAME_TOKENS])
-        perplexity = metrics.perplexity(losses[-1][0])
-        tqdm.write(f"{perplexity:8.2f}  {len(document):9,} tokens  {name}")
-    if not losses:
+        tqdm.write(f"{metrics.perplexity(loss):8.2f}  {len(document):9,} tokens  {name}")
+    if not tokens:
         raise ValueError(f"{corpus.name}: expected a held-out document of 2 or more tokens")
-    mean = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
-    print(f"{metrics.perplexity(mean):8.2f}  {sum(tokens for _, tokens in losses):9,} tokens  all")
+    print(f"{metrics.perplexity(nats / tokens):8.2f}  {tokens:9,} tokens  all")
 
 
 def mean_loss(model: GPT1LMHeadModel, tokens: np.ndarray, config: EvaluateConfig) -> float:
