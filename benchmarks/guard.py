@@ -34,7 +34,7 @@ import tyro
 from benchmarks import baseline, cuda_code, traffic, triton_code
 from benchmarks.cuda_code import OUTDATED
 from benchmarks.host_overhead import host_overhead
-from benchmarks.launches import launches_of_update
+from benchmarks.launches import launches_by_layer
 from csrc.build import is_outdated
 from gpt1_kernels.backends.cuda import extension
 
@@ -63,10 +63,8 @@ def _launches() -> Iterator[baseline.Rows]:
     """By name, on each backend: the launches of a layer, and those beside the layers."""
     rows: dict[str, dict[str, int]] = {}
     for backend in traffic.COUNTING:
-        one, two = (launches_of_update(backend, layers) for layers in (1, 2))
-        for name, count in two.items():
-            of_layer = count - one[name]
-            counts = {f"{backend}, a layer": of_layer, f"{backend}, besides": one[name] - of_layer}
+        for name, (of_layer, rest) in launches_by_layer(backend).items():
+            counts = {f"{backend}, a layer": of_layer, f"{backend}, besides": rest}
             rows.setdefault(name, {}).update(counts)
     yield rows
 

@@ -58,6 +58,12 @@ def launches_of_update(backend: str, n_layer: int, dtype: str = "bf16") -> Count
     return own + calls.counts
 
 
+def launches_by_layer(backend: str) -> dict[str, tuple[int, int]]:
+    """By name: the launches of a layer, and those beside the layers."""
+    one, two = (launches_of_update(backend, layers) for layers in (1, 2))
+    return {name: (count - one[name], 2 * one[name] - count) for name, count in two.items()}
+
+
 def _weights_in(model: nn.Module, dtype: str) -> AbstractContextManager:
     """`training.step.weights_in` as on a GPU."""
     return cast_once(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
@@ -122,15 +128,13 @@ def _counting(backend: str) -> Iterator[Counter[str]]:
 
 
 def table(backend: str) -> str:
-    one, two = (launches_of_update(backend, n_layer) for n_layer in (1, 2))
+    launches = launches_by_layer(backend)
     lines = [f"{'kernels of an update, ' + backend:45}{'a layer':>10}{'the rest':>10}"]
-    per_layer = Counter({name: two[name] - one[name] for name in two})
-    for name in sorted(two, key=lambda name: (name.startswith("aten"), name)):
-        lines.append(f"{name:45}{per_layer[name]:10}{one[name] - per_layer[name]:10}")
-    rest = one.total() - per_layer.total()
-    lines.append(f"{'all':45}{per_layer.total():10}{rest:10}")
-    total = LAYERS * per_layer.total() + rest
-    lines.append(f"{f'an update of {LAYERS} layers':45}{total:20}")
+    for name in sorted(launches, key=lambda name: (name.startswith("aten"), name)):
+        lines.append("{:45}{:10}{:10}".format(name, *launches[name]))
+    of_layer, rest = map(sum, zip(*launches.values(), strict=True))
+    lines.append(f"{'all':45}{of_layer:10}{rest:10}")
+    lines.append(f"{f'an update of {LAYERS} layers':45}{LAYERS * of_layer + rest:20}")
     return "\n".join(lines)
 
 
