@@ -20,7 +20,6 @@ if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is imported
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -34,6 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
+from benchmarks.timing import no_garbage_collection
 from gpt1_kernels import backends, ops, use_backend
 from gpt1_kernels.backends.cuda import extension
 
@@ -106,11 +106,10 @@ def host_overhead(backend: str, rounds: int = ROUNDS) -> dict[str, tuple[float, 
             pair = call, _empty(call)
             douts = [torch.ones_like(function(*leaves)) for function, leaves in pair]
             times = [], []
-            gc.disable()
-            for _ in range(WARMUP_ROUNDS + rounds):
-                for one, dout, of_one in zip(pair, douts, times, strict=True):
-                    of_one.append(_microseconds(one, dout))
-            gc.enable()
+            with no_garbage_collection():
+                for _ in range(WARMUP_ROUNDS + rounds):
+                    for one, dout, of_one in zip(pair, douts, times, strict=True):
+                        of_one.append(_microseconds(one, dout))
             ours, empty = (median(of_one[WARMUP_ROUNDS:]) for of_one in times)
             results[name] = ours - empty, empty
     return results

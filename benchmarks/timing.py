@@ -57,7 +57,7 @@ def samples(
     """As `measure`, but the seconds of each round."""
     for function in functions.values():
         function()
-    with _no_garbage_collection():
+    with no_garbage_collection():
         on_gpu = torch.device(device).type == "cuda"
         return (_on_gpu if on_gpu else _on_cpu)(functions, rounds)
 
@@ -119,7 +119,7 @@ def _on_gpu(functions: Mapping[str, Callable], rounds: int) -> dict[str, list[fl
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
