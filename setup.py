@@ -14,7 +14,7 @@ setup(
     description="Fused kernels for GPT-1, a drop-in model, and its training loop",
     python_requires=">=3.11",
     packages=find_packages(include=["gpt1_kernels*"]),
-    package_dir={"": "."},
+    package_dir={"": "."},  # puts the clone itself on the path of `pip install -e`: training/ too
     ext_modules=extension_modules(),
     cmdclass={"build": BuildAfresh, "build_ext": BuildWithNinja},
     install_requires=[
