@@ -13,7 +13,7 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks.recorded import clock
+from benchmarks.replay import clock
 from benchmarks.table import number
 from benchmarks.timing import samples
 from gpt1_kernels import GPT1Config, GPT1LMHeadModel

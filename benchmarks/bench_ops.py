@@ -12,7 +12,7 @@ import torch
 from benchmarks import cases, ceilings
 from benchmarks.compare import Comparison, compare
 from benchmarks.peers import YARDSTICKS, Implementation, implementations
-from benchmarks.recorded import clock
+from benchmarks.replay import clock
 from benchmarks.table import HEADER, cells, figures, number
 
 DEVICE, DTYPE, ROUNDS = "cpu", torch.float32, 11

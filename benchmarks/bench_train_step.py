@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import ceilings
 from benchmarks.compare_models import GPT1, GPT1_ON_CPU, PASSES, PRODUCTS, SMALL, compare_models
-from benchmarks.recorded import clock
+from benchmarks.replay import clock
 from benchmarks.table import MODEL_HEADER, model_cells, model_figures
 from benchmarks.train_step import DTYPES, SIDES
 

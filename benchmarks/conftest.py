@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: bytes are counted on it
 
-from benchmarks.recorded import record
+from benchmarks.replay import replay
 from benchmarks.table import aligned
 
 TABLES = pytest.StashKey[dict[str, list[Sequence[str]]]]()
@@ -56,7 +56,7 @@ def recorded(benchmark, line) -> Callable[..., None]:
     def add(table, header, cells, seconds, figures) -> None:
         benchmark.group = table
         benchmark.extra_info.update(figures)
-        record(benchmark, seconds)
+        replay(benchmark, seconds)
         line(table, header, cells)
 
     return add

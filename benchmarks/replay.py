@@ -17,7 +17,7 @@ def clock() -> float:
     return _now
 
 
-def record(benchmark, seconds: Sequence[float]) -> None:
+def replay(benchmark, seconds: Sequence[float]) -> None:
     """Makes each of the seconds a round of the `benchmark` fixture of a test with this clock."""
     rounds = iter(seconds)
     benchmark.pedantic(_pass, setup=lambda: ((next(rounds),), {}), rounds=len(seconds))

@@ -325,10 +325,10 @@ def test_columns_are_aligned_and_empty_ones_left_out():
 def test_rounds_reach_the_record_of_pytest_benchmark(tmp_path):
     (tmp_path / "test_one.py").write_text(
         "import pytest\n"
-        "from benchmarks.recorded import clock, record\n"
+        "from benchmarks.replay import clock, replay\n"
         "@pytest.mark.benchmark(timer=clock)\n"
         "def test_one(benchmark):\n"
-        "    record(benchmark, [0.25, 0.5, 4.0])\n"
+        "    replay(benchmark, [0.25, 0.5, 4.0])\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir"]
     options = [tmp_path, tmp_path, f"--benchmark-json={tmp_path / 'found.json'}"]
