@@ -48,16 +48,16 @@ class PretrainConfig:
     empty. Or the path of a checkpoint, or of a run for its newest one, to start from where --out
     has none."""
     steps: int | None = None
-    """Optimizer updates."""
+    """Optimizer updates. Default: the preset's."""
     batch_size: int | None = None
-    """Sequences in an update."""
+    """Sequences in an update. Default: the preset's."""
     accumulate: int = 1
     """Micro-batches that an update is split into; the result is that of the whole batch."""
     vocab_size: int | None = None
     """Size of the vocabulary to train; an error if the text supports fewer entries. Default: the
     preset's, or as many as the text supports."""
     learning_rate: float | None = None
-    """Peak learning rate."""
+    """Peak learning rate. Default: the preset's."""
     warmup: int | None = None
     """Updates until the peak. Default: the paper's 2000, but at most a quarter of the run."""
     weight_decay: float = 0.01
