@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -180,10 +179,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
                     if stop.received and done < total:
                         writer.wait()
                         bar.close()
-                        print(
-                            f"{stop.received.name}: saved at step {done}; --out {out} goes on there"
-                        )
-                        sys.exit(128 + stop.received)
+                        stop.end_process(done, out)
                 examples, clock = 0, time.perf_counter()
         writer.wait()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import asdict, replace
 from itertools import chain
@@ -168,10 +167,7 @@ def main(config: PretrainConfig) -> None:
                     if stop.received and done < config.steps:
                         writer.wait()
                         bar.close()
-                        print(
-                            f"{stop.received.name}: saved at step {done}; --out {out} goes on there"
-                        )
-                        sys.exit(128 + stop.received)
+                        stop.end_process(done, out)
                 tokens, clock = 0, time.perf_counter()
     writer.wait()
 
