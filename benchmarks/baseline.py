@@ -76,7 +76,7 @@ def mismatch(part: str, versions: Mapping[str, str]) -> str | None:
     if before == versions:
         return None
     names = [" and ".join(f"{k} {v}" for k, v in each.items()) for each in (before, versions)]
-    return f"{part}: the baseline was made by {names[0]}, this by {names[1]}"
+    return f"the baseline was made by {names[0]}, this by {names[1]}"
 
 
 def update(part: str, rows: Rows, versions: Mapping[str, str]) -> None:

@@ -75,7 +75,7 @@ def test_peak_memory_on_a_cpu(line, dtype, dropout):
         int(
             subprocess.run(
                 [sys.executable, "-m", "benchmarks.train_step", library, dtype, str(dropout)],
-                capture_output=True, text=True, check=True,
+                stdout=subprocess.PIPE, text=True, check=True,
             ).stdout
         )
         for library in ("gpt1_kernels", "transformers")

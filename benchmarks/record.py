@@ -21,7 +21,10 @@ def read(folder: Path) -> dict:
 
 
 def write(record: dict, folder: Path) -> None:
-    (folder / RESULTS).write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    """Writes under another name and renames, so that the file is whole or as it was."""
+    beside = folder / f"{RESULTS}.partial"
+    beside.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    beside.replace(folder / RESULTS)
 
 
 def failures(record: dict) -> list[tuple[str, str]]:

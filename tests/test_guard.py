@@ -98,7 +98,7 @@ def test_times_may_not_differ_by_more(ops, verdict):
 def test_other_versions_are_not_compared():
     assert baseline.mismatch("triton", {"a compiler": "1.0"}) is None
     assert baseline.mismatch("triton", {"a compiler": "1.1"}) == (
-        "triton: the baseline was made by a compiler 1.0, this by a compiler 1.1"
+        "the baseline was made by a compiler 1.0, this by a compiler 1.1"
     )
 
 
