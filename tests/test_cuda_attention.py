@@ -39,6 +39,7 @@ HEADS_OF_64 = [
     causal_attention("padding-ends-inside-tiles", 2, 150, 150, 1, 64, P, padding=[70, 149]),
     causal_attention("padding-fills-tiles", 2, 300, 300, 1, 64, padding=[256, 300]),
     causal_attention("padding-in-a-cache", 2, 70, 300, 1, 64, P, padding=[131, 250]),
+    causal_attention("nothing-but-padding-in-a-cache", 2, 10, 128, 1, 64, P, padding=[0, 128]),
     causal_attention("negative-scale", 1, 40, 40, 1, 64, P, scale=-0.3),
     causal_attention("no-scale", 1, 40, 40, 1, 64, P, scale=0.0),
     causal_attention("columns-left-over", 1, 65, 65, 2, 40, P),

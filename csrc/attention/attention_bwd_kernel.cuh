@@ -261,7 +261,8 @@ private:
         const Tile<T, 16, 32> tile{memory.slice(warp_index() * 16 * 32, 16 * 32)};
         for (int start_m = 0; start_m < p.Tq; start_m += kQueries) {
             DqPart part = {};
-            if (start_m + kQueries > head.first_query) load_dq(dq, start_m, part);
+            // Nothing was summed where all keys or all queries are padding.
+            if (head.first_key < p.Tk && start_m + kQueries > head.first_query) load_dq(dq, start_m, part);
             warp_barrier();  // lanes may have read the tile
 #pragma unroll
             for (int d = 0; d < kPart; ++d) {
