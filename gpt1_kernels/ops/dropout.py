@@ -34,19 +34,24 @@ def dropout_mask(
         shape: (..., columns); the leading axes count rows.
         p: probability of dropping, in [0, 1].
         row_offset: the number of the first row.
-        causal: shape is (B, H, Tq, Tk) and bits above the diagonal are not to be read: their words
-            may stay unwritten.
+        causal: shape is (B, H, Tq, Tk), Tk ≥ Tq, and bits above the diagonal are not to be read:
+            their words may stay unwritten.
 
     Returns:
         int32 (..., ceil(columns / 32)): column j is bit j mod 32 of word j // 32; 1 keeps; unused
         bits are 0.
 
     Raises:
-        ValueError: p outside [0, 1], a seed of the wrong shape, more than 2³² rows.
+        ValueError: p outside [0, 1], a seed or a causal shape that does not fit, more than 2³²
+            rows.
         TypeError: a seed that is not int64.
     """
     if len(shape) < 1:
         raise ValueError("dropout_mask: shape is (), expected (..., columns)")
+    if causal and (len(shape) != 4 or shape[2] > shape[3]):
+        raise ValueError(
+            f"dropout_mask: shape is {tuple(shape)}, expected (B, H, Tq, Tk) with Tk ≥ Tq if causal"
+        )
     check_dropout("dropout_mask", p, seed, row_offset + prod(shape[:-1]), seed)
     return draw_mask(seed, shape, p, row_offset, causal)
 
