@@ -50,9 +50,8 @@ _records: dict[tuple[str, int, torch.device], ErrorRecord] = {}
 def error_record(op: str, bound: int, device: torch.device) -> ErrorRecord:
     """The record of an op for ids that must lie in [0, bound) on a device."""
     key = op, bound, device
-    if key not in _records:
-        _records[key] = ErrorRecord(device)
-    return _records[key]
+    # Of two threads that meet here, both get the first record: nobody reads another.
+    return _records.get(key) or _records.setdefault(key, ErrorRecord(device))
 
 
 def raise_recorded() -> None:

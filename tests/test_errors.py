@@ -36,6 +36,20 @@ def test_the_first_id_out_of_range_is_raised_once(record):
         check_errors()
 
 
+def test_threads_that_meet_share_a_record(monkeypatch, record):
+    key, created = ("embedding", 11, torch.device(DEVICE)), []
+    init = errors.ErrorRecord.__init__
+
+    def meet(self, device):
+        init(self, device)
+        if not created:  # another thread comes and goes while this one makes its record
+            created.append(self)
+            created.append(errors.error_record(*key))
+
+    monkeypatch.setattr(errors.ErrorRecord, "__init__", meet)
+    assert errors.error_record(*key) is created[1]
+
+
 def test_what_a_kernel_recorded_is_not_overwritten(record):
     """`note` used to copy a twin of the record over what a Triton kernel had written to it."""
     record.host.copy_(torch.tensor([1, 12]))
