@@ -69,11 +69,13 @@ class Headed(nn.Module, PretrainedMixin):
     def _language_model_loss(
         self, h: Tensor, labels: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
-        """Mean over labels[..., 1:], each predicted from the real token before it."""
+        """Mean over the real labels[..., 1:], each predicted from the real token before it."""
         targets = torch.full_like(labels, IGNORE_INDEX)
         targets[..., :-1] = labels[..., 1:]
         if attention_mask is not None:
-            targets.masked_fill_(attention_mask == 0, IGNORE_INDEX)
+            padding = attention_mask == 0
+            targets.masked_fill_(padding, IGNORE_INDEX)
+            targets[..., :-1].masked_fill_(padding[..., 1:], IGNORE_INDEX)
         return ops.linear_cross_entropy(h, self.transformer.tokens_embed.weight, targets)
 
 

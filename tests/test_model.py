@@ -52,17 +52,15 @@ def test_language_model_against_the_oracle_in_fp64(model_config, row_offset):
         assert relative(gradient, parameters[name.removeprefix("transformer.")].grad) < 1e-5, name
 
 
-def test_row09_a_left_padded_batch_has_the_loss_of_the_sequences_alone():
+@pytest.mark.parametrize("pad", [(4, 0), (0, 4)], ids=["left", "right"])
+def test_row09_a_padded_batch_has_the_loss_of_the_sequences_alone(pad):
     model, ids = randomised(GPT1LMHeadModel(config())), tokens(2, T - 4)
-    padded = torch.nn.functional.pad(ids, (4, 0))
+    padded = torch.nn.functional.pad(ids, pad)
     mask = (padded > 0).long()  # no token is 0
     losses = (
         model(ids, labels=ids).loss,
-        model(
-            padded, mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            labels=padded.masked_fill(mask == 0, -100),
-        ).loss,
-    )  # fmt: skip
+        model(padded, mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), labels=padded).loss,
+    )
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(x, [*model.parameters()]) for x in losses))
 
