@@ -62,18 +62,10 @@ def _pointers(ptr, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 def _load_tile(
     ptr, start, stride, row_mask, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Rows of a (T, D) matrix from `start`: (ROWS, BLOCK_D), 0 beyond D and outside row_mask.
-
-    With None for a row_mask, all the rows exist.
-    """
+    """Rows of a (T, D) matrix from `start`: (ROWS, BLOCK_D), 0 beyond D and outside row_mask."""
     pointers = _pointers(ptr, start, stride, ROWS, BLOCK_D)
     column_mask = (tl.arange(0, BLOCK_D) < D)[None, :]
-    if row_mask is not None:
-        return tl.load(pointers, mask=row_mask[:, None] & column_mask, other=0.0)
-    elif D < BLOCK_D:
-        return tl.load(pointers, mask=column_mask, other=0.0)
-    else:
-        return tl.load(pointers)
+    return tl.load(pointers, mask=row_mask[:, None] & column_mask, other=0.0)
 
 
 @triton.jit
