@@ -156,8 +156,8 @@ def causal_attention(
     check_tensor(op, "v", v, (q.dtype,), k.shape, q)
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} positions, expected at most k's {k.shape[1]}")
-    keep_bits = _checked_bits(op, q, q.shape[1], k.shape[1], q.shape[2], dropout_p, seed,
-                              row_offset, first_key, keep_bits)  # fmt: skip
+    shape = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+    keep_bits = _checked_bits(op, q, shape, dropout_p, seed, row_offset, first_key, keep_bits)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     backend = resolve(op, q, head_size=q.shape[-1])
     return _CausalAttention.apply(q, k, v, keep_bits, first_key, scale, dropout_p, backend)
@@ -186,13 +186,13 @@ def causal_attention_qkvpacked(
     op = "causal_attention_qkvpacked"
     (qkv,) = autocast(qkv)
     check_tensor(op, "qkv", qkv, ACTIVATION_DTYPES, ("B", "T", "3C"))
-    _, length, width = qkv.shape
+    batch, length, width = qkv.shape
     if n_head < 1:
         raise ValueError(f"{op}: n_head is {n_head}, expected at least 1")
     if width == 0 or width % (3 * n_head):
         raise ValueError(f"{op}: qkv has width {width}, expected a multiple of 3 · {n_head} heads")
-    keep_bits = _checked_bits(op, qkv, length, length, n_head, dropout_p, seed, row_offset,
-                              first_key, keep_bits)  # fmt: skip
+    shape = batch, n_head, length, length
+    keep_bits = _checked_bits(op, qkv, shape, dropout_p, seed, row_offset, first_key, keep_bits)
     head_size = width // (3 * n_head)
     scale = head_size**-0.5 if scale is None else scale
     backend = resolve("causal_attention", qkv, head_size=head_size)
@@ -202,18 +202,18 @@ def causal_attention_qkvpacked(
 
 
 def _checked_bits(
-    op, activation, queries, keys, heads, dropout_p, seed, row_offset, first_key, keep_bits
+    op, activation, shape, dropout_p, seed, row_offset, first_key, keep_bits
 ) -> Tensor | None:
-    batch = activation.shape[0]
+    """The dropout bits of `shape`, (B, H, Tq, Tk): those given, or drawn here; None without."""
+    batch, heads, queries, keys = shape
     if first_key is not None:
         check_tensor(op, "first_key", first_key, (torch.int32,), (batch,), activation)
     if keep_bits is not None and dropout_p > 0.0:
-        shape = batch, heads, queries, (keys + 31) // 32
-        check_tensor(op, "keep_bits", keep_bits, (torch.int32,), shape, activation)
+        packed = batch, heads, queries, (keys + 31) // 32
+        check_tensor(op, "keep_bits", keep_bits, (torch.int32,), packed, activation)
         return keep_bits.contiguous()
     rows = (row_offset + batch * queries) * heads
     check_dropout(op, dropout_p, seed, rows, activation)
     if dropout_p == 0.0:
         return None
-    shape = (batch, heads, queries, keys)
     return draw_mask(seed, shape, dropout_p, row_offset * heads, causal=True)
