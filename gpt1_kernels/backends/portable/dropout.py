@@ -24,8 +24,7 @@ def dropout_mask(
     *leading, columns = shape
     rows = math.prod(leading)
     if not causal:
-        mask = keep_mask(seed, rows, columns, p, row_offset)
-        packed = rng.pack_bits(mask) if seed.is_cuda else _pack(mask)
+        packed = _pack(keep_mask(seed, rows, columns, p, row_offset))
         return packed.view(*leading, (columns + 31) // 32)
     batch, heads, queries, keys = shape
     words = (keys + 31) // 32
@@ -36,8 +35,7 @@ def dropout_mask(
         visible = stop + keys - queries
         first_rows = row_offset + queries * arange(batch * heads).unsqueeze(1)
         numbers = (first_rows + arange(start, stop)).flatten()
-        chunk = _keep(seed, numbers, visible, p)
-        packed = rng.pack_bits(chunk) if seed.is_cuda else _pack(chunk)
+        packed = _pack(_keep(seed, numbers, visible, p))
         needed = packed.shape[-1]
         bits[:, start:stop, :needed] = packed.view(batch * heads, stop - start, needed)
     return bits.view(batch, heads, queries, words)
@@ -101,7 +99,9 @@ def _draw_rows(mask, numbers, key: int, site_and_step: int, threshold: int) -> N
 
 
 def _pack(mask: Tensor) -> Tensor:
-    """`rng.pack_bits` for bool (rows, columns) on a CPU."""
+    """bool (rows, columns) → int32 (rows, words)."""
+    if mask.is_cuda:
+        return rng.pack_bits(mask)
     rows, columns = mask.shape
     words = (columns + 31) // 32
     packed = np.zeros((rows, 4 * words), dtype=np.uint8)
