@@ -104,9 +104,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, token_weight, ignore_index, backend):
         rows = _rows(h)
-        losses, *_ = _fwd(
-            rows, w, targets, token_weight, ignore_index, [False] * 2, backend
-        )  # fmt: skip
+        losses, *_ = _fwd(rows, w, targets, token_weight, ignore_index, [False] * 2, backend)
         ctx.save_for_backward(rows, w, targets, token_weight)
         ctx.config = h.shape, ignore_index, backend
         return losses

@@ -9,18 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt1_kernels.backends.cuda.extension import (
-    NARROW_DTYPES,
-    VECTOR,
-    launch,
-)
-from gpt1_kernels.backends.cuda.matmul import (
-    aligned,
-    column_sums,
-    matmul,
-    operand,
-    padded,
-)
+from gpt1_kernels.backends.cuda.extension import NARROW_DTYPES, VECTOR, launch
+from gpt1_kernels.backends.cuda.matmul import aligned, column_sums, matmul, operand, padded
 from gpt1_kernels.backends.rows import as_matrix
 
 DTYPES = NARROW_DTYPES
@@ -52,10 +42,7 @@ def gelu_ffn_fwd(
     if N > 0:
         b, b_transposed = operand(w_fc)
         bias = aligned(b_fc[None])[0]
-        launch(
-            "gelu_product", x, x.dtype,
-            x, b, b_transposed, bias, hidden, pre,
-        )  # fmt: skip
+        launch("gelu_product", x, x.dtype, x, b, b_transposed, bias, hidden, pre)
         matmul(
             hidden, w_proj, as_matrix(y), bias=None if b_proj is None else aligned(b_proj[None])[0]
         )
@@ -97,10 +84,7 @@ def gelu_ffn_bwd(
         partial_db = pre.new_empty(-(-N // SUMMED_ROWS), F, dtype=torch.float32)
     if need_dpre or need_b_fc:
         b, b_transposed = operand(w_proj.t())
-        launch(
-            "dgelu_product", dy, dy.dtype,
-            dy, b, b_transposed, pre, dpre, partial_db,
-        )  # fmt: skip
+        launch("dgelu_product", dy, dy.dtype, dy, b, b_transposed, pre, dpre, partial_db)
     if need_b_fc:
         db_fc = column_sums(partial_db)
     if need_w_proj:

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gpt1_kernels.backends.cuda.extension import (
-    VECTOR,
-    backend_of,
-    launch,
-    module,
-)
+from gpt1_kernels.backends.cuda.extension import VECTOR, backend_of, launch, module
 
 RUN = 512
 """Rows that a block adds up: few enough to occupy every processor."""

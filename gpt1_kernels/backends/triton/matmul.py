@@ -70,9 +70,7 @@ def strip_indices(strip, index, first_m, first_n):
 
 
 @triton.jit
-def _tile_origin(
-    tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
-):  # fmt: skip
+def _tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """First row and column of a tile; tiles go down GROUP_M rows before they go right."""
     group_tiles = GROUP_M * tl.cdiv(N, BLOCK_N)
     first_tile_m = tile // group_tiles * GROUP_M
