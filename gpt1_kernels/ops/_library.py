@@ -76,7 +76,7 @@ def apart(*tensors: Tensor | None) -> list[Tensor | None]:
     ]
 
 
-def once(op: str) -> None:
+def refuse_double_backward(op: str) -> None:
     """Called first in a backward: the ops have no double backward, and raise.
 
     Raises:

@@ -25,7 +25,7 @@ from gpt1_kernels.ops._library import (
     check_tensor,
     define,
     last_contiguous,
-    once,
+    refuse_double_backward,
     where_needed,
 )
 from gpt1_kernels.ops.dropout import draw_mask
@@ -90,7 +90,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        once("causal_attention")
+        refuse_double_backward("causal_attention")
         scale, dropout_p, backend = ctx.config
         needs = ctx.needs_input_grad[:3]
         grads = _bwd(dout.contiguous(), *ctx.saved_tensors, scale, dropout_p, needs, backend)
@@ -108,7 +108,7 @@ class _CausalAttentionQKVPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        once("causal_attention_qkvpacked")
+        refuse_double_backward("causal_attention_qkvpacked")
         qkv, *saved = ctx.saved_tensors
         n_head, *config = ctx.config
         return _packed_bwd(dout.contiguous(), qkv, n_head, *saved, *config), *[None] * 6

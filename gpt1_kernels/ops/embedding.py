@@ -18,7 +18,7 @@ from gpt1_kernels.ops._library import (
     check_tensor,
     define,
     last_contiguous,
-    once,
+    refuse_double_backward,
     where_needed,
 )
 
@@ -77,7 +77,7 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        once("embedding")
+        refuse_double_backward("embedding")
         needs = ctx.needs_input_grad[1:3]
         grads = _embedding_bwd(
             dout.contiguous(), *ctx.saved_tensors, *ctx.config, needs, ctx.backend

@@ -24,7 +24,7 @@ from gpt1_kernels.ops._library import (
     define,
     last_contiguous,
     matrix,
-    once,
+    refuse_double_backward,
     where_needed,
 )
 
@@ -74,7 +74,7 @@ class _GeluFFN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        once("gelu_ffn")
+        refuse_double_backward("gelu_ffn")
         needs = ctx.needs_input_grad[:5]
         grads = _gelu_ffn_bwd(dy.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
         return *where_needed(grads, needs), None

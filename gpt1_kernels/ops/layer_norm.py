@@ -29,7 +29,7 @@ from gpt1_kernels.ops._library import (
     check_tensor,
     define,
     last_contiguous,
-    once,
+    refuse_double_backward,
     where_needed,
 )
 
@@ -108,7 +108,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        once("layer_norm")
+        refuse_double_backward("layer_norm")
         needs = ctx.needs_input_grad[:3]
         grads = _layer_norm_bwd(dy.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
         return *where_needed(grads, needs), None, None
@@ -129,7 +129,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *douts):
-        once("dropout_add_layer_norm")
+        refuse_double_backward("dropout_add_layer_norm")
         dropout_p, row_offset, backend = ctx.config
         needs = ctx.needs_input_grad[:5]
         douts = [d.contiguous() for d in douts if d is not None]
