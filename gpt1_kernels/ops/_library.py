@@ -162,8 +162,10 @@ def _text(shape: Sequence[int | str]) -> str:
     return str(tuple(shape)).replace("'", "")
 
 
-def check_dropout(op: str, p: float, seed: Tensor | None, rows: int, like: Tensor) -> None:
-    """Checks the dropout arguments; `rows` is the number of rows up to the end of this call."""
+def check_dropout(
+    op: str, p: float, seed: Tensor | None, row_offset: int, rows: int, like: Tensor
+) -> None:
+    """Checks the dropout arguments of a call with `rows` rows, from `row_offset` on."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout_p is {p}, expected a probability in [0, 1]")
     if p == 0.0:
@@ -171,5 +173,9 @@ def check_dropout(op: str, p: float, seed: Tensor | None, rows: int, like: Tenso
     if seed is None:
         raise ValueError(f"{op}: seed is None, expected an int64 tensor of 2 elements at p > 0")
     check_tensor(op, "seed", seed, (torch.int64,), (2,), like)
-    if rows > MAX_ROWS:
-        raise ValueError(f"{op}: row_offset + rows is {rows}, expected at most {MAX_ROWS}")
+    if row_offset < 0:
+        raise ValueError(f"{op}: row_offset is negative, expected at least 0")
+    if row_offset + rows > MAX_ROWS:
+        raise ValueError(
+            f"{op}: row_offset + rows is {row_offset + rows}, expected at most {MAX_ROWS}"
+        )

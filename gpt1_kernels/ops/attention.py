@@ -212,8 +212,8 @@ def _checked_bits(
         packed = batch, heads, queries, (keys + 31) // 32
         check_tensor(op, "keep_bits", keep_bits, (torch.int32,), packed, activation)
         return keep_bits.contiguous()
-    rows = (row_offset + batch * queries) * heads
-    check_dropout(op, dropout_p, seed, rows, activation)
+    rows = batch * heads * queries
+    check_dropout(op, dropout_p, seed, row_offset * heads, rows, activation)
     if dropout_p == 0.0:
         return None
     return draw_mask(seed, shape, dropout_p, row_offset * heads, causal=True)

@@ -52,7 +52,7 @@ def dropout_mask(
         raise ValueError(
             f"dropout_mask: shape is {tuple(shape)}, expected (B, H, Tq, Tk) with Tk ≥ Tq if causal"
         )
-    check_dropout("dropout_mask", p, seed, row_offset + prod(shape[:-1]), seed)
+    check_dropout("dropout_mask", p, seed, row_offset, prod(shape[:-1]), seed)
     return draw_mask(seed, shape, p, row_offset, causal)
 
 

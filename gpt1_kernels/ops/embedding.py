@@ -133,7 +133,7 @@ def embedding(
         position_ids = position_ids.expand(ids.shape)
     if token_type_ids is not None:
         check_tensor(op, "token_type_ids", token_type_ids, _INDEX_DTYPES, ids.shape, w_token)
-    check_dropout(op, dropout_p, seed, row_offset + ids.shape[0] * ids.shape[1], w_token)
+    check_dropout(op, dropout_p, seed, row_offset, ids.shape[0] * ids.shape[1], w_token)
     return _Embedding.apply(
         ids, *apart(w_token.contiguous(), w_position.contiguous()), position_ids, token_type_ids,
         last_contiguous(seed) if dropout_p > 0.0 else None, dropout_p, row_offset,

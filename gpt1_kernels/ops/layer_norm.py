@@ -201,7 +201,7 @@ def dropout_add_layer_norm(
     check_tensor(op, "residual", residual, (x.dtype,), x.shape, x)
     if x_bias is not None:
         check_tensor(op, "x_bias", x_bias, (x.dtype, torch.float32), x.shape[-1:], x)
-    check_dropout(op, dropout_p, seed, row_offset + prod(x.shape[:-1]), x)
+    check_dropout(op, dropout_p, seed, row_offset, prod(x.shape[:-1]), x)
     return apply(
         _DropoutAddLayerNorm, x, residual, w, b, x_bias,
         seed if dropout_p > 0.0 else None, eps, dropout_p, row_offset, fork,
