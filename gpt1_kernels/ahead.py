@@ -9,7 +9,7 @@ none, and draw their own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from threading import local
 
 import torch
 from torch import Tensor
@@ -52,6 +52,12 @@ def _waited_for(drawn: list[tuple[Tensor, torch.cuda.Event]], stream: torch.cuda
         yield bits
 
 
-@cache
+_of_thread = local()
+
+
 def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    """One for each thread: a graph that one thread captures gets nothing of another's."""
+    streams = vars(_of_thread)
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]

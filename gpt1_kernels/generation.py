@@ -95,9 +95,10 @@ def choose(
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B,)
     """One token a row; the arguments are those of `GenerationMixin.generate`."""
-    if temperature == 0.0:
+    logits = logits.float()
+    if temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(-1)
-    scores, candidates = logits.float() / temperature, None
+    scores, candidates = (logits - logits.amax(-1, keepdim=True)) / temperature, None
     if top_k is not None or top_p < 1.0:
         width = scores.shape[-1]
         scores, candidates = scores.topk(width if top_k is None else min(top_k, width))

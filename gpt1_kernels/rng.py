@@ -162,7 +162,7 @@ class DropoutStream(nn.Module):
         return self
 
     def set_key(self, key: int) -> None:
-        """Sets the key, a 64-bit integer, and goes back to step 0."""
+        """Sets the key, a signed 64-bit integer, and goes back to step 0."""
         self.key.fill_(key)
         self.step.zero_()
 

@@ -44,7 +44,8 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Not of one with hooks, which may prepare its weight when it is called, as pruning does.
 
     The results are those of autocast, bit for bit: gradients are cast back at each backward, and
-    summed in the parameters' dtype. Leave the context before the parameters change.
+    summed in the parameters' dtype. Leave the context before the parameters change. Not for
+    `DistributedDataParallel`: all gradients come at the end, and no transfer overlaps the backward.
 
     Args:
         model: whatever contains the modules.

@@ -284,6 +284,11 @@ def frequencies(logits, draws=20_000, **choice):
     return drawn.bincount(minlength=logits.shape[-1]) / draws
 
 
+@pytest.mark.parametrize("temperature", [2e-38, 1e-320])
+def test_tiny_temperatures_take_the_likeliest_token(temperature):
+    assert choose(torch.tensor([[50.0, 60.0, -60.0]]), temperature).item() == 1
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [

@@ -30,6 +30,8 @@
 //       static constexpr int kThreads = 128;            // of a block
 //       static constexpr int kBlocksPerProcessor = 4;   // at the least, which limits the registers
 //       static constexpr int kMaxSharedBytes = 0;       // that a launch may ask for
+//       static constexpr int kCluster = 2;              // blocks to a cluster, and
+//       static constexpr bool kForHopper = true;        // compute capability 9.0 alone: both may be left out
 //       __device__ static void run(const Params& p);
 //   };
 #pragma once

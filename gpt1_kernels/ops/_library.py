@@ -58,6 +58,7 @@ class _ForwardOnly(torch.autograd.Function):
 def apply(function: type[torch.autograd.Function], *args):
     """`function.apply`; under `no_grad`, on detached tensors.
 
+    For a Function whose forward does more where a gradient is needed.
     `ctx.needs_input_grad` looks at the tensors alone: it is True of parameters under `no_grad`
     too, and forward would compute or save what no backward will read.
     """

@@ -80,6 +80,8 @@ _packed_bwd = define(
 
 
 class _CausalAttention(torch.autograd.Function):
+    """The bits are drawn before it, and kept for backward, as `lse` is."""
+
     @staticmethod
     def forward(ctx, q, k, v, keep_bits, first_key, scale, dropout_p, backend):
         q, k, v, first_key = map(last_contiguous, (q, k, v, first_key))
