@@ -140,7 +140,7 @@ def complete(config: PretrainConfig) -> PretrainConfig:
                 f"--out: {config.out}, in --data {path}, which would hold what the run writes; "
                 "expected a folder elsewhere"
             )
-    require_backend(config, device)
+    require_backend(config)
     return config
 
 
@@ -148,17 +148,18 @@ def _filled(config: PretrainConfig, **defaults: Any) -> PretrainConfig:
     return replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
 
 
-def require_backend(config: object, device: torch.device) -> None:
-    """Raises ValueError unless the backend asked for runs every op on the device and in the dtype.
+def require_backend(config: object) -> str:
+    """The backends that run the ops on the device and in the dtype, such as "triton".
 
-    It is asked for by --backend, or where that is auto by `GPT1_KERNELS_BACKEND`.
+    Raises:
+        ValueError: one was asked for, by --backend or where that is auto by
+            `GPT1_KERNELS_BACKEND`, that does not run every op there.
     """
     require(config, ("backend",), ("auto", *BACKENDS).__contains__,
             f"one of auto, {', '.join(BACKENDS)}")  # fmt: skip
-    activation = torch.empty(0, dtype=DTYPES[config.dtype], device=device)
+    activation = torch.empty(0, dtype=DTYPES[config.dtype], device=config.device)
     with on_backend(config.backend):
-        for op in OPS:
-            resolve(op, activation)
+        return " and ".join(sorted({resolve(op, activation) for op in OPS}))
 
 
 def on_backend(name: str) -> AbstractContextManager:

@@ -21,7 +21,7 @@ from gpt1_kernels.task_model import HEAD_KEY
 from training import cli, metrics, run, scores, submissions
 from training.batches import Batch, Buckets, by_length, collate
 from training.checkpoint import CheckpointWriter
-from training.config import on_backend
+from training.config import on_backend, require_backend
 from training.examples import Task, TaskData, chosen, load
 from training.finetune_config import CUSTOM, FinetuneConfig, complete
 from training.inputs import N_SPECIALS, Encoded, encode
@@ -121,7 +121,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
     print(
         f"{config.task}: {len(setup.train):,} examples to train on, {len(setup.validation):,} to "
         f"validate on; {config.epochs} epochs of {epoch} updates of {config.batch_size} examples "
-        f"on {config.device} in {config.dtype}, to {out}"
+        f"on {config.device} in {config.dtype}, backend {require_backend(config)}, to {out}"
     )
 
     run.write_json(out / run.CONFIG, asdict(config))

@@ -126,5 +126,5 @@ def complete(config: FinetuneConfig) -> FinetuneConfig:
             "auto or never with several --seeds")  # fmt: skip
     require(config, ("data_dir",), lambda x: x is None or config.task != CUSTOM,
             "none for --task custom, which has --custom.train")  # fmt: skip
-    require_backend(config, device)
+    require_backend(config)
     return config

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from training import cli, data, lstm, metrics, run
 from training.checkpoint import CheckpointWriter
-from training.config import PretrainConfig, complete, on_backend
+from training.config import PretrainConfig, complete, on_backend, require_backend
 from training.memory import keep_freed_memory
 from training.optim import make_optimizer, warmup_cosine
 from training.plots import plot_runs
@@ -88,7 +88,7 @@ def main(config: PretrainConfig) -> None:
     print(
         f"model: {config.preset}{chosen}, {parameters / 1e6:.1f} M parameters, vocabulary "
         f"{model_config.vocab_size}; {config.steps} updates of {config.batch_size} x {length} "
-        f"tokens on {config.device} in {config.dtype}, to {out}"
+        f"tokens on {config.device} in {config.dtype}, backend {require_backend(config)}, to {out}"
     )
 
     options = asdict(config) | {"data": [data.absolute(path) for path in config.data]}

@@ -453,7 +453,9 @@ def test_row29_an_interrupted_run_goes_on_to_the_same_bits(
         with pytest.raises(SystemExit) as stopped:
             finetune.main(config)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert f"SIGTERM: saved at step {call}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "in fp32, backend portable, to" in printed
+    assert f"SIGTERM: saved at step {call}" in printed
     finetune.main(config)
     assert f"resumed from step {call}" in capsys.readouterr().out
     assert_same_run(config.out, whole)

@@ -58,6 +58,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def test_the_command_succeeds_and_ends_in_its_result(runs):
     for run in runs:
+        assert "in fp32, backend portable, to" in run.stdout
         assert run.returncode == 0, run.stderr
         number = r"(\d+\.\d+)"
         result = re.fullmatch(
