@@ -183,12 +183,17 @@ def bare_products(config: GPT1Config, dtype: str, input_ids: Tensor) -> Callable
 
 def peak_megabytes(library: str, dtype: str, dropout: float, B: int = 2, T: int = 512) -> float:
     """Peak memory of two updates in this process, beyond what lives from update to update."""
-    imported = _peak_bytes()
-    full = config(dropout)
-    input_ids = torch.randint(full.vocab_size, (B, T))
-    step = make_calls(Side(library), full, dtype, input_ids)["step"]
-    for _ in range(2):
-        step()
+
+    def update_twice(model: GPT1Config, B: int, T: int) -> None:
+        input_ids = torch.randint(model.vocab_size, (B, T))
+        step = make_calls(Side(library), model, dtype, input_ids)["step"]
+        for _ in range(2):
+            step()
+
+    # What an update imports is no memory of a model.
+    update_twice(config(dropout, vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8), 1, 8)
+    imported, full = _peak_bytes(), config(dropout)
+    update_twice(full, B, T)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT1LMHeadModel(full).parameters())
     return (_peak_bytes() - imported - 4 * 4 * parameters) / 1e6  # fp32: p, its gradient, m, v
