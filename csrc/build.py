@@ -133,18 +133,18 @@ def ninja_file(name: str) -> str:
         rule = "cpp" if source.suffix == ".cpp" else f"cu{suffix}"
         objects.append(f"{source}.o")
         lines.append(f"build {source}.o: {rule} ../../csrc/{source}")
-        if source.stem.endswith("_sm90a"):
+        if source.stem.endswith("_sm90a") and not on_host:
             lines.append(f"  architectures = {architecture_flags('9.0a')}")
     lines.append(f"build {name}.so: link{suffix} {' '.join(objects)}\n")
     return "\n".join(lines)
 
 
 def sources(on_host: bool) -> list[Path]:
-    """The files of a module, relative to csrc/. Kernels for Hopper alone do not run on a CPU."""
+    """The files of a module, relative to csrc/."""
     csrc = ROOT / "csrc"
     files = sorted(p.relative_to(csrc) for kind in ("cu", "cpp") for p in csrc.rglob(f"*.{kind}"))
     if on_host:
-        return [p for p in files if not (p.name.startswith("device") or p.stem.endswith("_sm90a"))]
+        return [p for p in files if not p.name.startswith("device")]
     return [p for p in files if not p.name.startswith("host")]
 
 

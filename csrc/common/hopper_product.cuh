@@ -8,7 +8,7 @@
 
 #include "common/epilogue_strip.cuh"
 #include "common/product_grid.cuh"
-#include "platform/device_hopper.cuh"
+#include "platform/hopper.cuh"
 
 namespace gpt1 {
 

@@ -61,11 +61,9 @@ void launch_product(
     if (kATransposed && b_transposed) throw std::invalid_argument("matmul: a and b are both transposed");
     check_operand(a);
     check_operand(b);
-    if constexpr (kHasHopperKernels) {
-        if (grid.tile != kTile) {
-            HopperLaunch<T, Epilogue, kATransposed>::start(a, b, b_transposed, grid, epilogue, stream);
-            return;
-        }
+    if (grid.tile != kTile) {
+        HopperLaunch<T, Epilogue, kATransposed>::start(a, b, b_transposed, grid, epilogue, stream);
+        return;
     }
     const auto start = [&]<bool kBTransposed>() {
         using Kernel = Product<T, kATransposed, kBTransposed, Epilogue>;

@@ -312,8 +312,6 @@ __device__ __forceinline__ void mma(
 
 // --- launch ----------------------------------------------------------------------------------------
 
-inline constexpr bool kHasHopperKernels = true;
-
 /// Makes a device current, and restores the one before it when destroyed.
 class CurrentDevice {
 public:

@@ -1,5 +1,4 @@
-// What Hopper's GPUs have besides, for code that is compiled for them alone (sm_90a): copies of whole tiles
-// by TMA, barriers that count its bytes (mbarrier), products of a warpgroup (wgmma), and clusters of blocks.
+// What Hopper's GPUs have besides, on them. See hopper.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -9,8 +8,6 @@
 namespace gpt1 {
 
 // --- warpgroups ------------------------------------------------------------------------------------
-
-inline constexpr int kWarpgroup = 128;  // threads: four warps, which multiply together
 
 /// The same in all lanes, and known to be to the compiler.
 __device__ __forceinline__ int warpgroup_index() { return shuffle(thread_index() / kWarpgroup, 0); }
@@ -112,10 +109,6 @@ struct TensorMap {
     CUtensorMap map;
 };
 
-/// `stride` is the elements' between rows, a multiple of 8.
-TensorMap tensor_map(std::uintptr_t data, bool is_bf16, std::int64_t rows, std::int64_t columns,
-                     std::int64_t stride, int box_rows);
-
 /// Starts the copy of the box at (row, column) to `to[i]`, a multiple of 1024 bytes; its bytes are counted at
 /// a barrier. Its rows of 128 bytes are swizzled: their 16-byte chunks are permuted by the row modulo 8.
 template <class T>
@@ -143,24 +136,6 @@ __device__ __forceinline__ void copy_box_to_all(
 }
 
 // --- products of a warpgroup -----------------------------------------------------------------------
-
-inline constexpr int kBoxColumns = 64;  // of 2 bytes: 128 bytes, the width of the swizzle
-
-/// How the tensor cores find an operand that boxes hold. Either a box's rows are rows of A or columns of B,
-/// and its columns are terms; or, if kTermsDown, its rows are terms, and 64 more rows of A or columns of B
-/// are in the next box, of `box_rows` terms.
-template <bool kTermsDown, class T>
-__device__ __forceinline__ std::uint64_t operand_descriptor(const Shared<T>& memory, int i, int box_rows) {
-    constexpr std::uint64_t kPermuted128 = 1, kEightRows = 8 * 128 / 16;
-    const std::uint64_t start = memory.address(i) % (1 << 18) / 16;  // above are bits of the block's rank
-    const std::uint64_t next_box = kTermsDown ? box_rows * 128 / 16 : 1;
-    return start | next_box << 16 | kEightRows << 32 | kPermuted128 << 62;
-}
-
-/// What to add to a descriptor for the next 16 terms, and for the next 64 rows of A.
-template <bool kTermsDown>
-inline constexpr int kNext16Terms = kTermsDown ? 16 * 128 / 16 : 16 * 2 / 16;
-inline constexpr int kNext64Rows = 64 * 128 / 16;
 
 /// Before the first product on registers that something else has written.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }

@@ -1,7 +1,7 @@
 // TMA's tensor maps, which the driver makes: its function is looked up at first use, so nothing links it.
 #include <cudaTypedefs.h>
 
-#include "platform/device_hopper.cuh"
+#include "platform/hopper.cuh"
 
 namespace gpt1 {
 

@@ -46,11 +46,13 @@ float to_float(fp16 x) {
 namespace host {
 
 int processors = 2, shared_memory = 99 * 1024;
-bool launching = true;
+bool launching = true, hopper = false;
 
 }  // namespace host
 
 int processors(int) { return host::processors; }
+
+bool is_hopper(int) { return host::hopper; }
 
 int shared_memory_limit(int) { return host::shared_memory; }
 

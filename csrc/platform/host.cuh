@@ -78,8 +78,8 @@ inline std::uint64_t multiply_wide(std::uint32_t a, std::uint32_t b) { return st
 inline int thread_index() { return host::thread->index; }
 inline int lane_index() { return host::thread->index % host::kLanes; }
 inline int warp_index() { return host::thread->index / host::kLanes; }
-inline std::int64_t block_index() { return host::block.index; }
-inline std::int64_t grid_size() { return host::block.grid; }
+inline std::int64_t block_index() { return host::block->index; }
+inline std::int64_t grid_size() { return host::block->grid; }
 
 // --- barriers and collectives ----------------------------------------------------------------------
 
@@ -91,15 +91,21 @@ inline void warp_barrier(Site site = Site::current()) {
 
 namespace host {
 
-/// Gives and takes a value in the lane's slot around `combine`.
+/// Gives a value to `combine` in the lane's slot.
+template <class In>
+void give(const char* name, const Site& site, const In& in, void (*combine)(Slot*)) {
+    static_assert(sizeof(In) <= kSlotBytes);
+    std::memcpy(warp().slots[lane()].in, &in, sizeof(In));
+    collective(name, site, combine);
+}
+
+/// And takes one.
 template <class Out, class In>
 Out exchange(const char* name, const Site& site, const In& in, void (*combine)(Slot*)) {
-    static_assert(sizeof(In) <= kSlotBytes && sizeof(Out) <= kSlotBytes);
-    Slot& slot = warp().slots[lane()];
-    std::memcpy(slot.in, &in, sizeof(In));
-    collective(name, site, combine);
+    static_assert(sizeof(Out) <= kSlotBytes);
+    give(name, site, in, combine);
     Out out;
-    std::memcpy(&out, slot.out, sizeof(Out));
+    std::memcpy(&out, warp().slots[lane()].out, sizeof(Out));
     return out;
 }
 
@@ -212,6 +218,11 @@ public:
         }
         return Shared(this->data_ + first, count);
     }
+
+    /// In the block's shared memory.
+    unsigned address(std::int64_t i) const {
+        return reinterpret_cast<unsigned char*>(this->data_ + i) - host::block->shared;
+    }
 };
 
 class SharedArena {
@@ -219,13 +230,11 @@ public:
     template <class T>
     Shared<T> take(int count, Site site = Site::current()) {
         const int bytes = (count * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
-        auto base = reinterpret_cast<std::uintptr_t>(host::block.shared.data());
-        base = (base + 127) / 128 * 128;
-        if (used_ + count * static_cast<int>(sizeof(T)) > host::block.shared_bytes) {
-            host::fault("takes more shared memory than the " + std::to_string(host::block.shared_bytes) +
+        if (used_ + count * static_cast<int>(sizeof(T)) > host::block->shared_bytes) {
+            host::fault("takes more shared memory than the " + std::to_string(host::block->shared_bytes) +
                             " bytes of the launch", site);
         }
-        T* data = reinterpret_cast<T*>(base + used_);
+        T* data = reinterpret_cast<T*>(host::block->shared + used_);
         used_ += bytes;
         return Shared<T>(data, count);
     }
@@ -374,22 +383,30 @@ void launch(std::int64_t grid, int shared_bytes, Stream, const typename Kernel::
                                  std::to_string(Kernel::kMaxSharedBytes));
     }
     const unsigned blocks = checked_grid<Kernel>(grid, params);
+    int cluster = 1;
+    if constexpr (requires { Kernel::kCluster; }) cluster = Kernel::kCluster;
     if (!host::launching) return;
-    host::run_grid(Kernel::kName, blocks, Kernel::kThreads, shared_bytes, [&] { Kernel::run(params); });
+    const auto run = [&] { Kernel::run(params); };
+    host::run_grid(Kernel::kName, blocks, cluster, Kernel::kThreads, shared_bytes, run);
 }
 
 /// Two, so few that blocks walk over several rows or sequences in a test, unless a test sets another number.
 int processors(int device);
 
-/// The kernels for Hopper's GPUs alone do not run here.
-inline constexpr bool kHasHopperKernels = false;
-inline bool is_hopper(int) { return false; }
+/// No, unless a test sets it.
+bool is_hopper(int device);
 
 /// 99 KB, as the smallest chips have, unless a test sets another.
 int shared_memory_limit(int device);
 
+/// What a launcher holds on a GPU.
+struct CurrentDevice {
+    explicit CurrentDevice(int) {}
+};
+
 namespace host {
 extern int processors, shared_memory;
-}
+extern bool hopper;
+}  // namespace host
 
 }  // namespace gpt1

@@ -70,6 +70,8 @@ void bind_platform(py::module_& module) {
                "How many the chip has, which sizes grids that walk over rows, and splits sums; 2 at first.");
     module.def("set_shared_memory", [](int bytes) { host::shared_memory = bytes; }, py::arg("bytes"),
                "How much a block may ask for, by which launchers choose kernels; 101376 at first.");
+    module.def("set_hopper", [](bool on) { host::hopper = on; }, py::arg("on"),
+               "Whether products take the kernels for Hopper; not at first.");
     module.def("set_launching", [](bool on) { host::launching = on; }, py::arg("on"),
                "Off, launchers do all but run their kernels.");
     module.def("count_traffic", &host::count_traffic, py::arg("on"),

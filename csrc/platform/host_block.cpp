@@ -12,11 +12,13 @@
 #include <utility>
 
 #include "platform/host_fiber.h"
+#include "platform/host_hopper.h"
 #include "platform/host_memory.h"
 
 namespace gpt1::host {
 
-Block block;
+std::vector<Block> cluster(1);
+Block* block = cluster.data();
 Thread* thread = nullptr;
 
 namespace {
@@ -29,6 +31,16 @@ std::uint32_t blocks_so_far = 0;
 const std::function<void()>* body_of_launch = nullptr;
 std::exception_ptr failure;
 void* scheduler_stack = nullptr;
+bool woken = false;  // some thread, since the last pass over all warps
+
+struct Event {
+    Block* block;
+    Thread* thread;
+    Site site;
+    std::function<void()> run;
+};
+
+std::vector<Event> events;  // that come at last
 
 std::string place(const Site& site) {
     const std::string_view path = site.file_name();
@@ -42,6 +54,7 @@ void run_thread() {
     try {
         (*body_of_launch)();
         finish_copies();
+        finish_products();
     } catch (...) {
         failure = std::current_exception();
     }
@@ -65,11 +78,13 @@ const std::vector<int>& visiting_order(int count, std::vector<int>& visited) {
     return visited;
 }
 
-/// Runs the lanes of a warp until each has exited or waits for other warps.
+/// Runs the lanes of a warp of the cluster until each has exited or waits for other warps.
 void run_warp(int warp) {
     static std::vector<int> visited;
-    const auto first = block.threads.begin() + warp * kLanes;
-    const int lanes = std::min<int>(kLanes, block.threads.end() - first);
+    const int warps = cluster.front().warps.size();
+    block = &cluster[warp / warps];
+    const auto first = block->threads.begin() + warp % warps * kLanes;
+    const int lanes = std::min<int>(kLanes, block->threads.end() - first);
     for (bool progress = true; progress;) {
         progress = false;
         for (const int lane : visiting_order(lanes, visited)) {
@@ -82,6 +97,7 @@ void run_warp(int warp) {
     std::uint32_t present = 0;
     for (int lane = 0; lane < lanes; ++lane) {
         if (first[lane].state == State::kInCollective) present |= 1u << lane;
+        if (first[lane].state == State::kWaiting) return;  // it may still come
     }
     if (present != 0) {
         thread = &first[std::countr_zero(present)];
@@ -92,11 +108,12 @@ void run_warp(int warp) {
     }
 }
 
-/// Whether all threads wait at one barrier (else all have exited).
+/// Whether all threads of the block wait at one barrier, or some for others; else all have exited.
 bool all_at_barrier() {
     Thread* waiting = nullptr;
     const Thread* exited = nullptr;
-    for (Thread& t : block.threads) {
+    for (Thread& t : block->threads) {
+        if (t.state == State::kWaiting) return false;
         if (t.state == State::kExited) {
             exited = &t;
         } else if (waiting == nullptr) {
@@ -115,16 +132,51 @@ bool all_at_barrier() {
     return waiting != nullptr;
 }
 
-void run_block() {
-    static std::vector<int> visited;
-    const int warps = block.warps.size();
-    do {
-        for (Thread& t : block.threads) {
+/// Lets the blocks go on whose threads all wait at one barrier.
+bool pass_barriers() {
+    bool passed = false;
+    for (Block& b : cluster) {
+        block = &b;
+        if (!all_at_barrier()) continue;
+        for (Thread& t : b.threads) {
             if (t.state == State::kAtBarrier) t.state = State::kReady;
         }
+        ++b.epoch;
+        passed = true;
+    }
+    return passed;
+}
+
+/// Lets an event come, now that no thread can go on.
+bool pass_event() {
+    static std::vector<int> visited;
+    if (events.empty()) return false;
+    const auto chosen = events.begin() + visiting_order(events.size(), visited).front();
+    const Event event = std::move(*chosen);
+    events.erase(chosen);
+    block = event.block;
+    thread = event.thread;
+    if (thread->state == State::kExited) fault("exits before its asynchronous copy has arrived", event.site);
+    event.run();
+    return true;
+}
+
+void run_cluster() {
+    static std::vector<int> visited;
+    const int warps = cluster.size() * cluster.front().warps.size();
+    do {
+        woken = false;
         for (const int warp : visiting_order(warps, visited)) run_warp(warp);
-        ++block.epoch;
-    } while (all_at_barrier());
+    } while (woken || pass_barriers() || pass_event());
+    for (Block& b : cluster) {
+        block = &b;
+        for (Thread& t : b.threads) {
+            thread = &t;
+            if (t.state == State::kExited) continue;
+            const char* name = t.state == State::kAtBarrier ? "a barrier" : t.name;
+            fault(std::string("waits for ") + name + ", and no thread of the cluster can go on", t.site);
+        }
+    }
 }
 
 }  // namespace
@@ -134,32 +186,50 @@ void set_order(Order new_order, std::uint64_t seed) {
     random_order.seed(seed);
 }
 
-void run_grid(const char* kernel, std::int64_t grid, int threads, int shared_bytes,
+void run_grid(const char* kernel, std::int64_t grid, int blocks, int threads, int shared_bytes,
               const std::function<void()>& body) {
     static std::vector<std::unique_ptr<unsigned char[]>> stacks;
-    while (static_cast<int>(stacks.size()) < threads) {
+    static std::vector<unsigned char> memory;
+    while (static_cast<int>(stacks.size()) < blocks * threads) {
         stacks.push_back(std::make_unique_for_overwrite<unsigned char[]>(kStackBytes));
     }
-    block.kernel = kernel;
-    block.grid = grid;
-    block.warps.assign((threads + kLanes - 1) / kLanes, Warp{});
-    block.threads.resize(threads);
-    block.shared_bytes = shared_bytes;
-    block.shared.resize(shared_bytes + 128);
+    const int stride = (shared_bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+    memory.resize(blocks * stride + kSharedAlignment);
+    const auto start = reinterpret_cast<std::uintptr_t>(memory.data());
+    unsigned char* const shared = memory.data() + (kSharedAlignment - start % kSharedAlignment);
+    cluster.resize(blocks);
+    for (int rank = 0; rank < blocks; ++rank) {
+        Block& b = cluster[rank];
+        b.kernel = kernel;
+        b.grid = grid;
+        b.rank = rank;
+        b.cluster_arrived = 0;
+        b.threads.resize(threads);
+        b.warps.assign((threads + kLanes - 1) / kLanes, Warp{});
+        b.warpgroups.assign((b.warps.size() + kWarpsOfGroup - 1) / kWarpsOfGroup, Warpgroup{});
+        b.shared = shared + rank * stride;
+        b.shared_bytes = shared_bytes;
+    }
     body_of_launch = &body;
-    begin_launch();
-    for (std::int64_t index = 0; index < grid; ++index) {
-        block.index = index;
-        block.serial = ++blocks_so_far;
-        block.epoch = 0;
-        for (Warp& warp : block.warps) warp.arrived = 0, warp.epoch = 0;
-        for (int t = 0; t < threads; ++t) {
-            void* stack = new_fiber(stacks[t].get(), kStackBytes, run_thread);
-            block.threads[t] = Thread{t, State::kReady, stack, {}, ""};
+    block = cluster.data();
+    events.clear();
+    begin_launch(blocks_so_far + 1);
+    for (std::int64_t first = 0; first < grid; first += blocks) {
+        for (Block& b : cluster) {
+            b.index = first + b.rank;
+            b.serial = ++blocks_so_far;
+            b.epoch = 0;
+            for (Warp& warp : b.warps) warp.arrived = 0, warp.epoch = 0, warp.started = 0;
+            for (Warpgroup& group : b.warpgroups) group.descriptors.clear();
+            for (int t = 0; t < threads; ++t) {
+                unsigned char* stack = stacks[b.rank * threads + t].get();
+                void* pointer = new_fiber(stack, kStackBytes, run_thread);
+                b.threads[t] = Thread{t, State::kReady, pointer, {}, "", nullptr};
+            }
         }
-        begin_block();
-        run_block();
-        end_block();
+        std::memset(shared, 0xff, blocks * stride);
+        run_cluster();
+        end_cluster();
     }
     end_launch();
 }
@@ -170,9 +240,39 @@ void wait_at_barrier(const Site& site) {
     yield();
 }
 
+void wait_for(const void* what, const char* name, const Site& site) {
+    thread->site = site;
+    thread->name = name;
+    thread->waits_for = what;
+    thread->state = State::kWaiting;
+    yield();
+}
+
+void wake(const void* what) {
+    for (Block& b : cluster) {
+        for (Thread& t : b.threads) {
+            if (t.state != State::kWaiting || t.waits_for != what) continue;
+            t.state = State::kReady;
+            woken = true;
+        }
+    }
+}
+
+void meet(int& arrived, int count, const char* name, const Site& site,
+          const std::function<void()>& all_here) {
+    if (++arrived < count) return wait_for(&arrived, name, site);
+    arrived = 0;
+    all_here();
+    wake(&arrived);
+}
+
+void at_last(const Site& site, std::function<void()> event) {
+    events.push_back({block, thread, site, std::move(event)});
+}
+
 void collective(const char* name, const Site& site, void (*combine)(Slot*)) {
     Warp& warp = host::warp();
-    Thread* const first = &block.threads[thread->index / kLanes * kLanes];
+    Thread* const first = &block->threads[thread->index / kLanes * kLanes];
     for (int lane = 0; lane < kLanes && warp.arrived > 0; ++lane) {
         const Thread& other = first[lane];
         if (other.state != State::kInCollective) continue;
@@ -197,7 +297,7 @@ void collective(const char* name, const Site& site, void (*combine)(Slot*)) {
 }
 
 void fault(const std::string& what, const Site& site) {
-    throw Fault(std::string(block.kernel) + ", block " + std::to_string(block.index) + ", thread " +
+    throw Fault(std::string(block->kernel) + ", block " + std::to_string(block->index) + ", thread " +
                 std::to_string(thread == nullptr ? 0 : thread->index) + ", " + place(site) + ": " + what);
 }
 

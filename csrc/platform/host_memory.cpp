@@ -26,14 +26,15 @@ struct LastWrite {
     std::uint8_t pending = 0;   // an asynchronous copy that has not been waited for
 };
 
-/// The reads of four bytes in the last epoch in which there were any.
+/// The reads of four bytes in the last epoch in which there were any; if by one warpgroup alone, since its
+/// last barrier.
 struct LastReads {
     std::uint32_t block = 0, epoch = 0, warp_epoch = 0;
     std::int16_t thread = 0;
     std::uint8_t bytes = 0;
     std::uint8_t others = 0;
 };
-constexpr std::uint8_t kOtherLanes = 1, kOtherWarps = 2;
+constexpr std::uint8_t kOtherLanes = 1, kOtherWarps = 2, kOtherWarpgroups = 4;
 
 struct Cell {
     LastWrite write;
@@ -48,7 +49,8 @@ std::uint32_t first_block_of_launch = 0;
 
 Cell* cells_at(Space space, std::uintptr_t address) {
     if (space == Space::kShared) {
-        return &shared_cells[(address - reinterpret_cast<std::uintptr_t>(block.shared.data())) / kCellBytes];
+        const auto first = reinterpret_cast<std::uintptr_t>(cluster.front().shared);
+        return &shared_cells[(address - first) / kCellBytes];
     }
     static std::uintptr_t last_number = 0;
     static Page* last_page = nullptr;
@@ -63,23 +65,35 @@ Cell* cells_at(Space space, std::uintptr_t address) {
 }
 
 std::string who(int thread, std::uint32_t block_serial) {
-    const std::int64_t behind = block.serial - block_serial;
+    const std::int64_t behind = block->serial - block_serial;
     std::string text = "thread " + std::to_string(thread);
-    if (behind != 0) text += " of block " + std::to_string(block.index - behind);
+    if (behind != 0) text += " of block " + std::to_string(block->index - behind);
     return text;
+}
+
+bool of_my_warpgroup(int thread_of) {
+    return thread_of / kLanes / kWarpsOfGroup == thread->index / kLanes / kWarpsOfGroup;
+}
+
+/// Whether a barrier of the running thread's warpgroup came since.
+bool passed_warpgroup_barrier(int thread_of, std::uint32_t warp_epoch) {
+    return warp_epoch >> kWarpEpochBits != warp().epoch >> kWarpEpochBits && of_my_warpgroup(thread_of);
 }
 
 /// Whether no barrier orders what a thread did before what the running thread does.
 bool unordered(std::uint32_t block_of, std::uint32_t epoch, std::uint32_t warp_epoch, int thread_of) {
-    if (block_of != block.serial) return true;
-    if (thread_of == thread->index || epoch != block.epoch) return false;
-    return thread_of / kLanes != thread->index / kLanes || warp_epoch == warp().epoch;
+    if (block_of != block->serial) return true;
+    if (thread_of == thread->index || epoch != block->epoch) return false;
+    if (thread_of / kLanes == thread->index / kLanes) return warp_epoch == warp().epoch;
+    return !passed_warpgroup_barrier(thread_of, warp_epoch);
 }
 
 bool unordered(const LastReads& reads) {
     if (unordered(reads.block, reads.epoch, reads.warp_epoch, reads.thread)) return true;
-    if (reads.epoch != block.epoch) return false;
-    return reads.others & kOtherWarps || (reads.others & kOtherLanes && reads.warp_epoch == warp().epoch);
+    if (reads.epoch != block->epoch) return false;
+    if (reads.others & kOtherWarpgroups) return true;
+    if (reads.others & kOtherWarps) return !passed_warpgroup_barrier(reads.thread, reads.warp_epoch);
+    return reads.others & kOtherLanes && reads.warp_epoch == warp().epoch;
 }
 
 /// `oldest` is the first block whose accesses to this memory still matter.
@@ -99,14 +113,16 @@ void check_cell(Cell& cell, Kind kind, std::uint8_t bytes, std::uint32_t oldest,
     }
     if (kind == Kind::kAtomic) return;
     if (kind == Kind::kRead) {
-        const bool same = reads.block == block.serial && reads.epoch == block.epoch;
-        if (!same) {
+        const bool same = reads.block == block->serial && reads.epoch == block->epoch;
+        if (!same || (passed_warpgroup_barrier(reads.thread, reads.warp_epoch) &&
+                      !(reads.others & kOtherWarpgroups))) {
             const auto index = static_cast<std::int16_t>(thread->index);
-            reads = {block.serial, block.epoch, warp().epoch, index, bytes, 0};
+            reads = {block->serial, block->epoch, warp().epoch, index, bytes, 0};
             return;
         }
         if (reads.thread != thread->index) {
-            if (reads.thread / kLanes != thread->index / kLanes) reads.others |= kOtherWarps;
+            if (!of_my_warpgroup(reads.thread)) reads.others |= kOtherWarpgroups;
+            else if (reads.thread / kLanes != thread->index / kLanes) reads.others |= kOtherWarps;
             else if (reads.warp_epoch == warp().epoch) reads.others |= kOtherLanes;
             else reads.others &= ~kOtherLanes;
         }
@@ -118,11 +134,11 @@ void check_cell(Cell& cell, Kind kind, std::uint8_t bytes, std::uint32_t oldest,
     if (reads.block >= oldest && reads.bytes & bytes && unordered(reads)) {
         fault("writes what " + who(reads.thread, reads.block) + " read, with no barrier between", site);
     }
-    write = {block.serial, block.epoch, warp().epoch, static_cast<std::int16_t>(thread->index), bytes, 0};
+    write = {block->serial, block->epoch, warp().epoch, static_cast<std::int16_t>(thread->index), bytes, 0};
 }
 
 void check_conflicts(const Access& access, const Site& site) {
-    const std::uint32_t oldest = access.space == Space::kShared ? block.serial : first_block_of_launch;
+    const std::uint32_t oldest = access.space == Space::kShared ? block->serial : first_block_of_launch;
     const std::uintptr_t first = access.address(), end = first + access.bytes();
     for (std::uintptr_t cell = first / kCellBytes * kCellBytes; cell < end; cell += kCellBytes) {
         const int from = std::max(first, cell) - cell, to = std::min(end, cell + kCellBytes) - cell;
@@ -146,6 +162,18 @@ struct Copies {
 };
 
 std::vector<Copies> copies_of_threads;
+std::list<Use> uses;
+
+void check_uses(Kind kind, std::uintptr_t first, std::uintptr_t end, const Site& site) {
+    for (const Use& use : uses) {
+        if (first >= use.end || end <= use.first) continue;
+        if (kind == Kind::kRead && use.kind == Kind::kRead) continue;
+        fault(std::string(kind == Kind::kRead ? "reads what " : "writes what ") +
+                  (use.kind == Kind::kRead ? "a product" : "a copy") + " of thread " +
+                  std::to_string(use.thread) + ", started in line " + std::to_string(use.site.line()) +
+                  ", may still " + (use.kind == Kind::kRead ? "read" : "write"), site);
+    }
+}
 
 // --- counting --------------------------------------------------------------------------------------
 
@@ -227,7 +255,7 @@ void count(const Access& access, const Site& site) {
 }
 
 void sum_up_block() {
-    Traffic& total = traffic_of_kernels[block.kernel];
+    Traffic& total = traffic_of_kernels[block->kernel];
     std::vector<std::uintptr_t> sectors;
     for (const auto& [key, access] : warp_accesses) {
         if (access.space == Space::kShared) {
@@ -269,8 +297,23 @@ void check(const Access& access, const Site& site) {
         fault("accesses " + std::to_string(access.bytes()) + " bytes of " + space + " memory at element " +
                   std::to_string(access.index) + ", an address that is no multiple of it", site);
     }
+    if (access.space == Space::kShared && !uses.empty()) {
+        check_uses(access.kind, access.address(), access.address() + access.bytes(), site);
+    }
     check_conflicts(access, site);
 }
+
+UseId begin_use(Kind kind, const Block& of, std::int64_t offset, std::int64_t bytes, const Site& site) {
+    if (offset < 0 || offset + bytes > of.shared_bytes) {
+        fault("uses " + std::to_string(bytes) + " bytes from " + std::to_string(offset) + " on, of " +
+                  std::to_string(of.shared_bytes) + " of shared memory", site);
+    }
+    const auto first = reinterpret_cast<std::uintptr_t>(of.shared) + offset;
+    check_uses(kind, first, first + bytes, site);
+    return uses.insert(uses.end(), {kind, first, first + bytes, thread->index, site});
+}
+
+void end_use(UseId use) { uses.erase(use); }
 
 void start_copy(const Access& to, const void* from, const Site& site) {
     check(to, site);
@@ -306,28 +349,29 @@ void finish_copies() {
     fault("exits before its asynchronous copy has been waited for", started);
 }
 
-void begin_launch() {
-    first_block_of_launch = block.serial + 1;
+void begin_launch(std::uint32_t first) {
+    first_block_of_launch = first;
     constexpr std::size_t kMostPages = 8192;
     if (global_pages.size() > kMostPages) global_pages.clear();
-    shared_cells.assign(block.shared.size() / kCellBytes + 1, Cell{});
-    copies_of_threads.assign(block.threads.size(), {});
-    executions_of_threads.resize(std::max(executions_of_threads.size(), block.threads.size()));
+    const Block& last = cluster.back();
+    const std::size_t shared_bytes = last.shared + last.shared_bytes - cluster.front().shared;
+    shared_cells.assign((shared_bytes + 127) / 128 * 128 / kCellBytes, Cell{});
+    uses.clear();
+    copies_of_threads.assign(block->threads.size(), {});
+    executions_of_threads.resize(std::max(executions_of_threads.size(), block->threads.size()));
     warp_accesses.clear();
     for (auto& executions : executions_of_threads) executions.clear();
     sectors_read.clear();
     sectors_written.clear();
 }
 
-void begin_block() { std::memset(block.shared.data(), 0xff, block.shared.size()); }
-
-void end_block() {
+void end_cluster() {
     if (counting) sum_up_block();
 }
 
 void end_launch() {
     if (!counting) return;
-    Traffic& total = traffic_of_kernels[block.kernel];
+    Traffic& total = traffic_of_kernels[block->kernel];
     ++total.launches;
     total.compulsory += kSector * (sectors_read.size() + sectors_written.size());
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <list>
 #include <map>
 #include <string>
 
@@ -40,10 +41,22 @@ void commit_copies();
 void wait_for_copies(int open_groups, const Site& site);
 void finish_copies();
 
-void begin_launch();
+/// Shared memory that something writes or reads while threads go on, until `end_use`: meanwhile a conflicting
+/// access is a Fault.
+struct Use {
+    Kind kind;
+    std::uintptr_t first, end;
+    int thread;
+    Site site;  // where it was started
+};
+using UseId = std::list<Use>::iterator;
+UseId begin_use(Kind kind, const Block& of, std::int64_t offset, std::int64_t bytes, const Site& site);
+void end_use(UseId use);
+
+/// `first` is the serial of its first block.
+void begin_launch(std::uint32_t first);
 void end_launch();
-void begin_block();
-void end_block();
+void end_cluster();
 
 /// What the launches of a kernel moved since `count_traffic(true)`; sectors are of 32 bytes.
 struct Traffic {
