@@ -49,6 +49,11 @@ def test_shared_memory_starts_as_nan(order):
     assert _cuda_host.run_planted("unwritten shared memory", False) == [1.0] * 64
 
 
+def test_sums_are_nan_until_their_product_is_waited_for(order):
+    assert torch.tensor(_cuda_host.run_planted("sums read before the wait", True)).isnan().all()
+    assert _cuda_host.run_planted("sums read before the wait", False) == [64.0 / 4] * 64
+
+
 def test_a_second_read_is_issued_twice_and_compulsory_once(order):
     once, twice = (counted("second read", planted) for planted in (False, True))
     assert (once["compulsory"], once["issued"]) == (512, 512)

@@ -22,7 +22,7 @@ if all(unavailable_reason(name, "gelu_ffn", DEVICE) for name in ("cuda", "cuda_h
 
 from gpt1_kernels.backends.cuda import extension, ffn
 from gpt1_kernels.backends.cuda import linear_cross_entropy as lce
-from gpt1_kernels.backends.cuda.matmul import aligned, column_sums, matmul
+from gpt1_kernels.backends.cuda.matmul import _split, aligned, column_sums, matmul
 from gpt1_kernels.backends.logits import padded_vocabulary
 
 BACKEND = "cuda" if DEVICE == "cuda" else "cuda_host"
@@ -33,6 +33,7 @@ layouts = pytest.mark.parametrize(
     ("a_layout", "b_layout"), LAYOUTS, ids=["-".join(pair) for pair in LAYOUTS]
 )
 on_host = pytest.mark.skipif(DEVICE == "cuda", reason="only the CPU's version counts accesses")
+CHIPS = ["every chip", "Hopper"] if DEVICE == "cpu" else ["this chip"]
 ORDERS = ["forward", "reversed", "shuffled"] if DEVICE == "cpu" else ["the chip's"]
 
 
@@ -46,6 +47,22 @@ def order(request):
     host.set_order(request.param, 7)
     yield
     host.set_order("forward")
+
+
+@pytest.fixture(params=CHIPS)
+def chip(request):
+    """Whose kernels multiply. Hopper gets so few processors that its blocks walk over tiles."""
+    if request.param != "Hopper":
+        yield
+        return
+    host = extension.module("cuda_host")
+    host.set_hopper(True)
+    host.set_processors(4)
+    _split.cache_clear()
+    yield
+    host.set_hopper(False)
+    host.set_processors(2)
+    _split.cache_clear()
 
 
 def operand(rows, columns, layout, dtype=BF16):
@@ -81,19 +98,27 @@ def check(a, b, out_dtype=None, **options):
         pytest.param(1096, 136, 40, id="second-group-of-rows"),
     ],
 )
-def test_sizes(M, N, K, a_layout, b_layout, out_dtype, dtype):
+def test_sizes(M, N, K, a_layout, b_layout, out_dtype, dtype, chip):
     check(operand(M, K, a_layout, dtype), operand(K, N, b_layout, dtype), out_dtype)
 
 
 @pytest.mark.parametrize("M", [1, 63, 65, 129])
-def test_rows_around_a_tile(M, order):
+def test_rows_around_a_tile(M, order, chip):
     check(operand(M, 40, "row"), operand(40, 24, "column"))
+
+
+@layouts
+@pytest.mark.parametrize("K", [456, 1096], ids=["ping-pong", "cooperative"])
+@pytest.mark.parametrize("chip", CHIPS[-1:], indirect=True)
+def test_tiles_in_turn(K, a_layout, b_layout, chip, order):
+    """Of one block; an odd number of steps, more than there are stages."""
+    check(operand(520, K, a_layout), operand(K, 136, b_layout))
 
 
 @dtypes
 @pytest.mark.parametrize("K", [72, 4104])
 @pytest.mark.parametrize("bias_dtype", [None, FP32], ids=str)
-def test_a_bias_and_a_scale(bias_dtype, K, dtype):
+def test_a_bias_and_a_scale(bias_dtype, K, dtype, chip):
     """Of one epilogue, and of the sum of the parts of a long sum."""
     options = {
         "bias": torch.randn(40, device=DEVICE).to(bias_dtype or dtype),
@@ -104,28 +129,28 @@ def test_a_bias_and_a_scale(bias_dtype, K, dtype):
 
 @layouts
 @pytest.mark.parametrize(("M", "N"), [(8, 8), (136, 264)], ids=["one-tile", "several-tiles"])
-def test_long_sums_are_split(M, N, a_layout, b_layout):
+def test_long_sums_are_split(M, N, a_layout, b_layout, chip):
     check(operand(M, 4104, a_layout), operand(4104, N, b_layout))
 
 
-def test_parts_are_summed_in_a_fixed_order(order):
+def test_parts_are_summed_in_a_fixed_order(order, chip):
     a, b = operand(8, 4104, "column"), operand(4104, 8, "row")
     assert torch.equal(check(a, b), check(a, b))
 
 
 @pytest.mark.parametrize("K", [40, 4104])
-def test_accumulating_adds_to_what_is_there(K):
+def test_accumulating_adds_to_what_is_there(K, chip):
     options = {"accumulate": True, "scale": torch.tensor(0.37, device=DEVICE)}
     check(operand(64, K, "column"), operand(K, 56, "row"), FP32, **options)
 
 
-def test_rows_that_overlap_and_addresses_off_16_bytes():
+def test_rows_that_overlap_and_addresses_off_16_bytes(chip):
     a = operand(1, 72, "row").expand(40, 72)
     check(a, operand(1, 72 * 64 + 1, "row")[0, 1:].view(72, 64))
     check(operand(40, 73, "row")[:, :72], operand(72, 64, "row"))
 
 
-def test_the_strides_of_a_single_row_or_column_mean_nothing():
+def test_the_strides_of_a_single_row_or_column_mean_nothing(chip):
     check(operand(1, 72, "column"), operand(72, 64, "row"))
     check(operand(72, 1, "row"), operand(1, 64, "row"))
 
@@ -154,13 +179,13 @@ def test_column_sums(R, C, dtype, order):
 @pytest.mark.parametrize(
     "case",
     [
-        gelu_ffn("orders", 131, 136, 72),
+        gelu_ffn("orders", 391, 136, 72),
         linear_cross_entropy("orders", 7, 16, 1000, "sum"),
         linear_cross_entropy("orders-none", 7, 16, 1000, "none", ignored=2, weighted=True),
     ],
     ids=lambda case: case.name,
 )
-def test_threads_in_any_order(case, dtype, order):
+def test_threads_in_any_order(case, dtype, order, chip):
     check_parity(case, BACKEND, dtype)
 
 

@@ -2,7 +2,7 @@
 
 #include <map>
 
-#include "platform/platform.cuh"
+#include "platform/hopper.cuh"
 
 namespace gpt1::host {
 
@@ -17,13 +17,13 @@ struct Params {
     std::string shape() const { return ""; }
 };
 
-template <void (*kRun)(const Params&)>
+template <void (*kRun)(const Params&), int kThreadCount, int kSharedBytes>
 struct Planted {
     using Params = host::Params;
     static constexpr const char* kName = "planted";
-    static constexpr int kThreads = kCount;
+    static constexpr int kThreads = kThreadCount;
     static constexpr int kBlocksPerProcessor = 1;
-    static constexpr int kMaxSharedBytes = 1024;
+    static constexpr int kMaxSharedBytes = kSharedBytes;
     static void run(const Params& p) { kRun(p); }
 };
 
@@ -169,7 +169,91 @@ void two_blocks_write_one_place(const Params& p) {
     p.y.store(first + thread_index() % (kCount / 2), 0.0f, thread_index() < kCount / 2);
 }
 
+// On Hopper.
+
+/// Each warpgroup reverses its half.
+void missing_warpgroup_barrier(const Params& p) {
+    const int i = thread_index(), group = warpgroup_index() * kWarpgroup;
+    const Shared<float> memory = SharedArena().take<float>(2 * kWarpgroup);
+    for (int round = 0; round < 2; ++round) {
+        memory.store(i, p.x.load(i % kCount));
+        warpgroup_barrier();
+        p.y.store(i, memory.load(2 * group + kWarpgroup - 1 - i), i < kCount);
+        if (!p.planted) warpgroup_barrier();
+    }
+}
+
+void warpgroup_barrier_instead_of_barrier(const Params& p) {
+    const int i = thread_index();
+    const Shared<float> memory = SharedArena().take<float>(2 * kWarpgroup);
+    memory.store(i, p.x.load(i % kCount));
+    if (p.planted) warpgroup_barrier();
+    else barrier();
+    p.y.store(i, memory.load(2 * kWarpgroup - 1 - i), i < kCount);
+}
+
+enum class Bug {
+    kStageNotWaitedFor, kStageReleasedEarly, kCopyNotWaitedFor, kProductNotWaitedFor, kProductNeverWaitedFor,
+    kWrongParity, kWarpsDiffer
+};
+
+/// Sums over steps of 64 terms in one stage, from the row `x`: one warpgroup copies, the other multiplies.
+template <Bug kBug>
+void product(const Params& p) {
+    constexpr int kSteps = 3, kBox = 64 * kBoxColumns, kBytes = 3 * kBox * 2;
+    const auto planted = [&](Bug bug) { return p.planted && kBug == bug; };
+    SharedArena arena;
+    const auto a = arena.take<bf16>(kBox), b = arena.take<bf16>(2 * kBox);
+    const CopyBarriers full(arena.take<std::uint64_t>(1)), empty(arena.take<std::uint64_t>(1));
+    if (thread_index() == 0) {
+        full.init(0, 1);
+        empty.init(0, 4);
+        fence_copy_barriers();
+    }
+    cluster_barrier();
+    if (thread_index() == kWarpgroup) {
+        const auto row = reinterpret_cast<std::uintptr_t>(p.x.address(0));
+        const TensorMap map = tensor_map(row, true, 1, 2 * kCount, 2 * kCount, 64);
+        for (int step = 0; step < kSteps; ++step) {
+            if (!planted(Bug::kStageNotWaitedFor)) empty.wait(0, step % 2 ^ !planted(Bug::kWrongParity));
+            full.expect(0, kBytes);
+            copy_box(a, 0, map, 0, 0, full, 0);
+            for (int half = 0; half < 2; ++half) copy_box(b, half * kBox, map, 0, 64 * half, full, 0);
+        }
+    } else if (thread_index() < kWarpgroup) {
+        FragmentC sums[16];
+        const bool differs = planted(Bug::kWarpsDiffer) && warp_index() == 2;
+        const std::uint64_t of_a = operand_descriptor<false>(a, 0, 64) + differs;
+        const std::uint64_t of_b = operand_descriptor<false>(b, 0, 64);
+        for (int step = 0; step < kSteps; ++step) {
+            if (!planted(Bug::kCopyNotWaitedFor)) full.wait(0, step % 2);
+            wgmma_fence();
+            wgmma_async<bf16, false, false>(sums, of_a, of_b, step > 0);
+            wgmma_commit();
+            if (planted(Bug::kStageReleasedEarly) && lane_index() == 0) empty.arrive(0);
+            if (planted(Bug::kProductNotWaitedFor) && step == 0) wgmma_wait<1>();
+            else if (!planted(Bug::kProductNeverWaitedFor) || step < kSteps - 1) wgmma_wait<0>();
+            if (!planted(Bug::kStageReleasedEarly) && lane_index() == 0) empty.arrive(0);
+        }
+        p.y.store(thread_index(), sums[0].values[0], thread_index() < kCount);
+    }
+    cluster_barrier();
+}
+
 // What is no fault, but seen: in the output or in the counts.
+
+void sums_read_before_the_wait(const Params& p) {
+    const auto tiles = SharedArena().take<bf16>(3 * 64 * kBoxColumns);
+    for (int i = thread_index(); i < 3 * 64 * kBoxColumns; i += kWarpgroup) tiles.store(i, bf16(1.0f));
+    barrier();
+    const std::uint64_t operand = operand_descriptor<false>(tiles, 0, 64);
+    FragmentC sums[16];
+    wgmma_async<bf16, false, false>(sums, operand, operand, false);
+    wgmma_commit();
+    if (!p.planted) wgmma_wait<0>();
+    p.y.store(thread_index(), sums[0].values[0], thread_index() < kCount);
+    wgmma_wait<0>();
+}
 
 void unwritten_shared_memory(const Params& p) {
     const int i = thread_index();
@@ -199,9 +283,14 @@ void bank_conflict(const Params& p) {
 
 using Run = void (*)(const Params&);
 
-template <void (*kRun)(const Params&), int kGrid = 1>
+template <void (*kRun)(const Params&), int kGrid = 1, int kThreads = kCount, int kSharedBytes = 1024>
 void run(const Params& params) {
-    launch<Planted<kRun>>(kGrid, 1024, Stream{}, params);
+    launch<Planted<kRun, kThreads, kSharedBytes>>(kGrid, kSharedBytes, Stream{}, params);
+}
+
+template <void (*kRun)(const Params&), int kWarpgroups = 2>
+void run_on_hopper(const Params& params) {
+    run<kRun, 1, kWarpgroups * kWarpgroup, 32 * 1024>(params);
 }
 
 const std::map<std::string, Run>& runs() {
@@ -225,6 +314,15 @@ const std::map<std::string, Run>& runs() {
         {"one group too few waited for", run<one_group_too_few_waited_for>},
         {"write onto a live stage", run<write_onto_a_live_stage>},
         {"two blocks write one place", run<two_blocks_write_one_place, 2>},
+        {"missing warpgroup barrier", run_on_hopper<missing_warpgroup_barrier>},
+        {"warpgroup barrier instead of barrier", run_on_hopper<warpgroup_barrier_instead_of_barrier>},
+        {"stage not waited for", run_on_hopper<product<Bug::kStageNotWaitedFor>>},
+        {"stage released before the product", run_on_hopper<product<Bug::kStageReleasedEarly>>},
+        {"product before its copy", run_on_hopper<product<Bug::kCopyNotWaitedFor>>},
+        {"product not waited for", run_on_hopper<product<Bug::kProductNotWaitedFor>>},
+        {"product never waited for", run_on_hopper<product<Bug::kProductNeverWaitedFor>>},
+        {"wrong parity", run_on_hopper<product<Bug::kWrongParity>>},
+        {"warps multiply different operands", run_on_hopper<product<Bug::kWarpsDiffer>>},
     };
     return all;
 }
@@ -235,6 +333,7 @@ const std::map<std::string, Run>& seen_runs() {
         {"second read", run<second_read>},
         {"strided access", run<strided_access>},
         {"bank conflict", run<bank_conflict>},
+        {"sums read before the wait", run_on_hopper<sums_read_before_the_wait, 1>},
     };
     return all;
 }
