@@ -5,7 +5,7 @@ Two modules come from the sources beside this file:
 - `gpt1_kernels._cuda`, in build/cuda: *.cu by nvcc and *.cpp by the C++ compiler, without the files
   named host*;
 - `gpt1_kernels._cuda_host`, in build/host: all by the C++ compiler, without the files named
-  device*. It runs the same kernels on a CPU, slowly: a tool for tests.
+  device*. It runs the same kernels on a CPU, also those for Hopper, slowly: a tool for tests.
 
 Neither needs torch, a GPU or a driver. ENVIRONMENT.md has the variables that are read here.
 """

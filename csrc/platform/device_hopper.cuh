@@ -103,8 +103,6 @@ __device__ __forceinline__ void fence_copy_barriers() {
 
 // --- copies of tiles -------------------------------------------------------------------------------
 
-/// A matrix as TMA reads it: in boxes of `box_rows` rows of 64 elements of 2 bytes. Elements beyond the
-/// matrix arrive as zeros.
 struct TensorMap {
     CUtensorMap map;
 };

@@ -29,7 +29,8 @@ inline constexpr int kBoxColumns = 64;  // of 2 bytes: 128 bytes, the width of t
 
 namespace gpt1 {
 
-/// `stride` is the elements' between rows, a multiple of 8.
+/// A matrix as TMA reads it: in boxes of `box_rows` rows of 64 elements of 2 bytes. Elements beyond the
+/// matrix arrive as zeros. `stride` is the elements' between rows, a multiple of 8.
 TensorMap tensor_map(std::uintptr_t data, bool is_bf16, std::int64_t rows, std::int64_t columns,
                      std::int64_t stride, int box_rows);
 

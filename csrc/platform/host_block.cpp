@@ -12,7 +12,6 @@
 #include <utility>
 
 #include "platform/host_fiber.h"
-#include "platform/host_hopper.h"
 #include "platform/host_memory.h"
 
 namespace gpt1::host {
@@ -258,8 +257,7 @@ void wake(const void* what) {
     }
 }
 
-void meet(int& arrived, int count, const char* name, const Site& site,
-          const std::function<void()>& all_here) {
+void meet(int& arrived, int count, const char* name, const Site& site, void (*all_here)()) {
     if (++arrived < count) return wait_for(&arrived, name, site);
     arrived = 0;
     all_here();

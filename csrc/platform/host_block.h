@@ -40,7 +40,8 @@ struct Thread {
     const void* waits_for;
 };
 
-struct Product;  // of a warpgroup, see host_hopper.cpp
+struct Product;           // of a warpgroup, see host_hopper.cpp
+void finish_products();   // which a thread must not leave at work
 
 struct Warp {
     int arrived = 0;          // lanes in the collective
@@ -100,8 +101,7 @@ void wait_for(const void* what, const char* name, const Site& site);
 void wake(const void* what);
 
 /// A barrier of `count` threads; the last to come calls `all_here`.
-void meet(int& arrived, int count, const char* name, const Site& site,
-          const std::function<void()>& all_here);
+void meet(int& arrived, int count, const char* name, const Site& site, void (*all_here)());
 
 /// Does something for this thread as late as possible: when no thread of the cluster can go on.
 void at_last(const Site& site, std::function<void()> event);

@@ -1,5 +1,3 @@
-#include "platform/host_hopper.h"
-
 #include <limits>
 #include <utility>
 
@@ -44,7 +42,7 @@ void check_alive(int rank, const Site& site) {
 
 }  // namespace
 
-void init_copy_barrier(unsigned address, int arrivals, const Site&) {
+void init_copy_barrier(unsigned address, int arrivals) {
     const auto count = static_cast<std::uint16_t>(arrivals);
     const CopyBarrier barrier{count, count, 0, 0};
     std::memcpy(block->shared + address, &barrier, sizeof(barrier));
@@ -125,6 +123,7 @@ struct Sums {
 
 /// The rows of 128 bytes that hold all 16 terms of an operand's rows or columns first … last.
 UseId read_rows(std::uint64_t descriptor, bool down, int first, int last, const Site& site) {
+    if (descriptor >> 62 != 1) fault("multiplies an operand of another swizzle than 128 bytes", site);
     const std::int64_t start = operand_offset(descriptor, down, first, 0) / 128 * 128;
     const std::int64_t end = operand_offset(descriptor, down, last, 15) / 128 * 128 + 128;
     return begin_use(Kind::kRead, *block, start, end - start, site);

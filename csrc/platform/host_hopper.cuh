@@ -1,10 +1,13 @@
-// What Hopper's GPUs have besides, on a CPU. See hopper.cuh.
+// What Hopper's GPUs have besides, on a CPU; see hopper.cuh. Copies arrive, and products that are waited for
+// are done, as late as they may: when no thread of the cluster can go on. Until then what they write is NaN,
+// and an access in conflict with them a Fault.
 #pragma once
 
-#include "platform/host_hopper.h"
 #include "platform/platform.cuh"
 
 namespace gpt1 {
+
+static_assert(kWarpgroup == host::kWarpsOfGroup * host::kLanes);
 
 // --- warpgroups and clusters -----------------------------------------------------------------------
 
@@ -35,12 +38,34 @@ inline void cluster_barrier(Site site = Site::current()) {
 
 // --- copies ----------------------------------------------------------------------------------------
 
+struct TensorMap {
+    const std::uint16_t* data;
+    std::int64_t rows, columns, stride;
+    int box_rows;
+};
+
+namespace host {
+
+/// In a row of 128 bytes the chunks of 16 are permuted by the row modulo 8.
+constexpr std::int64_t swizzled(std::int64_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
+
+// Of the barrier at `address` in the shared memory of the block `rank`, or of the thread's own.
+void init_copy_barrier(unsigned address, int arrivals);
+void arrive_at_copy_barrier(int rank, unsigned address, int arrivals, int bytes, const Site& site);
+void wait_for_copy_barrier(unsigned address, std::uint32_t parity, const Site& site);
+
+/// Starts the copy of a box to `to` in the blocks first_rank … end_rank − 1.
+void start_box(const TensorMap& from, int row, int column, int first_rank, int end_rank, unsigned to,
+               unsigned barrier, const Site& site);
+
+}  // namespace host
+
 class CopyBarriers {
 public:
     explicit CopyBarriers(const Shared<std::uint64_t>& memory) : memory_(memory) {}
 
     void init(int i, int arrivals, Site site = Site::current()) const {
-        host::init_copy_barrier(address(i, site), arrivals, site);
+        host::init_copy_barrier(address(i, site), arrivals);
     }
     void expect(int i, int bytes, Site site = Site::current()) const {
         host::arrive_at_copy_barrier(cluster_rank(), address(i, site), 1, bytes, site);
@@ -86,6 +111,10 @@ inline void wgmma_commit(Site site = Site::current()) {
     host::collective("wgmma_commit", site, [](host::Slot*) { ++host::warp().groups; });
 }
 
+namespace host {
+void wait_for_products(int open_groups, const Site& site);
+}
+
 template <int kOpenGroups>
 void wgmma_wait(Site site = Site::current()) {
     host::wait_for_products(kOpenGroups, site);
@@ -95,6 +124,29 @@ template <int kCount>
 void fence_sums(FragmentC (&)[kCount]) {}
 
 namespace host {
+
+/// Adds a warp's 16 rows of a product to its sums, (16, 8 fragments).
+using Multiply = void (*)(const unsigned char* shared, int first_row, std::uint64_t a, std::uint64_t b,
+                          float* sums);
+
+/// What a lane gives to a product.
+struct ProductOfLane {
+    FragmentC* c;
+    std::uint64_t a, b;
+    bool more;
+    const Site* site;
+};
+
+/// Where a descriptor's operand has the term k of its row or column i, but for the swizzle.
+inline std::int64_t operand_offset(std::uint64_t descriptor, bool down, int i, int k) {
+    const auto field = [&](int bit) -> std::int64_t { return (descriptor >> bit & 0x3fff) * 16; };
+    const std::int64_t start = field(0), next_box = field(16), eight_rows = field(32);
+    if (down) return start + i / 64 * next_box + k / 8 * eight_rows + k % 8 * 128 + i % 64 * 2;
+    return start + i / 8 * eight_rows + i % 8 * 128 + k * 2;
+}
+
+/// Of a warp; the slots have a ProductOfLane each.
+void start_product(Slot* slots, int fragments, bool a_down, bool b_down, Multiply multiply);
 
 /// Rows or columns of an operand, (16, kCount), from `first` on; eight neighbours in memory at a time.
 template <class T, bool kDown, int kCount>

@@ -34,6 +34,8 @@
 //       static constexpr bool kForHopper = true;        // compute capability 9.0 alone: both may be left out
 //       __device__ static void run(const Params& p);
 //   };
+//
+// hopper.cuh has more for Hopper's GPUs.
 #pragma once
 
 #ifdef __CUDACC__
