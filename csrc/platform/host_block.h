@@ -40,8 +40,8 @@ struct Thread {
     const void* waits_for;
 };
 
-struct Product;           // of a warpgroup, see host_hopper.cpp
-void finish_products();   // which a thread must not leave at work
+struct Product;          // a warp's part of one, see host_hopper.cpp
+void finish_products();  // a Fault if the thread's warp has some at work
 
 struct Warp {
     int arrived = 0;          // lanes in the collective

@@ -91,14 +91,16 @@ inline void fence_copy_barriers() {}
 template <class T>
 void copy_box(const Shared<T>& to, int i, const TensorMap& from, int row, int column,
               const CopyBarriers& barriers, int barrier, Site site = Site::current()) {
-    host::start_box(from, row, column, cluster_rank(), cluster_rank() + 1, to.address(i),
+    const unsigned address = to.slice(i, from.box_rows * kBoxColumns).address(0);
+    host::start_box(from, row, column, cluster_rank(), cluster_rank() + 1, address,
                     barriers.address(barrier, site), site);
 }
 
 template <int kBlocks, class T>
 void copy_box_to_all(const Shared<T>& to, int i, const TensorMap& from, int row, int column,
                      const CopyBarriers& barriers, int barrier, Site site = Site::current()) {
-    host::start_box(from, row, column, 0, kBlocks, to.address(i), barriers.address(barrier, site), site);
+    const unsigned address = to.slice(i, from.box_rows * kBoxColumns).address(0);
+    host::start_box(from, row, column, 0, kBlocks, address, barriers.address(barrier, site), site);
 }
 
 // --- products --------------------------------------------------------------------------------------
