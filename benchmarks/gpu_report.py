@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcomes = run_together(names, options.device, left)
         for name, outcome in outcomes.items():
             before = results["parts"].get(name)
-            better = before and (before["problem"] is None or not outcome.found)
+            better = before and (
+                before["problem"] is None or (before["found"] and not outcome.found)
+            )
             if outcome.timed_out and better:
                 late.append((name, f"{outcome.problem}, so its earlier results stay"))
                 continue

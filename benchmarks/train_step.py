@@ -184,9 +184,9 @@ def bare_products(config: GPT1Config, dtype: str, input_ids: Tensor) -> Callable
 def peak_megabytes(library: str, dtype: str, dropout: float, B: int = 2, T: int = 512) -> float:
     """Peak memory of two updates in this process, beyond what lives from update to update."""
 
-    def update_twice(model: GPT1Config, B: int, T: int) -> None:
-        input_ids = torch.randint(model.vocab_size, (B, T))
-        step = make_calls(Side(library), model, dtype, input_ids)["step"]
+    def update_twice(size: GPT1Config, B: int, T: int) -> None:
+        input_ids = torch.randint(size.vocab_size, (B, T))
+        step = make_calls(Side(library), size, dtype, input_ids)["step"]
         for _ in range(2):
             step()
 

@@ -56,7 +56,7 @@ _of_thread = local()
 
 
 def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    """One for each thread: a graph that one thread captures gets nothing of another's."""
+    """One for each thread (of the 32 that PyTorch has), so that none captures another's work."""
     streams = vars(_of_thread)
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)

@@ -95,9 +95,9 @@ def choose(
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B,)
     """One token a row; the arguments are those of `GenerationMixin.generate`."""
-    logits = logits.float()
-    if temperature < torch.finfo(logits.dtype).tiny:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
+    logits = logits.float()
     scores, candidates = (logits - logits.amax(-1, keepdim=True)) / temperature, None
     if top_k is not None or top_p < 1.0:
         width = scores.shape[-1]

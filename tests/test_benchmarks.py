@@ -250,9 +250,10 @@ def test_what_is_wrong_is_not_timed():
 
 
 def test_models_are_compiled_as_if_no_op_had_been_compared():
-    before = torch._functorch.config.donated_buffer
-    compare(LayerNorm(N=2, C=8), [], "cpu", torch.float32, rounds=1)
-    assert torch._functorch.config.donated_buffer is before
+    config = torch._functorch.config
+    with config.patch(donated_buffer=True):
+        compare(LayerNorm(N=2, C=8), [], "cpu", torch.float32, rounds=1)
+        assert config.donated_buffer
 
 
 def test_neither_the_interpreter_nor_the_checked_build_is_timed():

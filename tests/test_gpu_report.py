@@ -147,6 +147,15 @@ def test_a_part_that_is_not_run_keeps_what_it_found_before(tmp_path, monkeypatch
     )
 
 
+def test_a_part_that_found_nothing_has_no_results_to_keep(tmp_path, monkeypatch, capsys):
+    stub(monkeypatch, ceilings=lambda plan, emit: time.sleep(0.2))
+    for minutes in ("0.001", "0.002"):
+        _, found = report(tmp_path, "--minutes", minutes, "--only", "ceilings", "layer_norm")
+        problem = f"nothing was left of {minutes} minutes"
+        assert found["parts"]["layer_norm"]["problem"] == problem
+        assert "earlier results stay" not in capsys.readouterr().err
+
+
 def test_a_part_that_runs_out_of_time_replaces_none_that_did_not(tmp_path, monkeypatch, capsys):
     late = Outcome([{"found": 2}], "it took longer than 3 s", 3.0, timed_out=True)
     whole = Outcome([{"found": 1}], None, 1.0)
