@@ -242,7 +242,9 @@ def test_a_file_for_hopper_alone_is_compiled_for_it_alone(tmp_path, monkeypatch)
         "  architectures = -gencode=arch=compute_90a,code=sm_90a",
         "build _cuda.so: link attention_sm90a.cu.o",
     ]
-    assert "  architectures =" not in build.ninja_file("_cuda_host")
+    on_host = build.ninja_file("_cuda_host")
+    assert "build attention_sm90a.cu.o: cu_on_host" in on_host
+    assert "  architectures =" not in on_host
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,10 @@ void run_warp(int warp) {
 bool all_at_barrier() {
     Thread* waiting = nullptr;
     const Thread* exited = nullptr;
+    for (const Thread& t : block->threads) {
+        if (t.state == State::kWaiting) return false;  // it may still come, and with it a collective
+    }
     for (Thread& t : block->threads) {
-        if (t.state == State::kWaiting) return false;
         if (t.state == State::kExited) {
             exited = &t;
         } else if (waiting == nullptr) {
@@ -187,6 +189,10 @@ void set_order(Order new_order, std::uint64_t seed) {
 
 void run_grid(const char* kernel, std::int64_t grid, int blocks, int threads, int shared_bytes,
               const std::function<void()>& body) {
+    if (grid % blocks != 0) {
+        throw std::invalid_argument(std::string(kernel) + ": " + std::to_string(grid) +
+                                    " blocks, expected clusters of " + std::to_string(blocks));
+    }
     static std::vector<std::unique_ptr<unsigned char[]>> stacks;
     static std::vector<unsigned char> memory;
     while (static_cast<int>(stacks.size()) < blocks * threads) {

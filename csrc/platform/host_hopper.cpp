@@ -28,13 +28,17 @@ struct CopyBarrier {
 static_assert(sizeof(CopyBarrier) == sizeof(std::uint64_t));
 
 CopyBarrier& copy_barrier(int rank, unsigned address, const Site& site) {
-    auto& barrier = *reinterpret_cast<CopyBarrier*>(cluster.at(rank).shared + address);
+    auto& barrier = *reinterpret_cast<CopyBarrier*>(cluster[rank].shared + address);
     if (barrier.arrivals == 0xffff) fault("uses a barrier that has not been initialised", site);
     return barrier;
 }
 
 void check_alive(int rank, const Site& site) {
-    for (const Thread& t : cluster.at(rank).threads) {
+    if (rank < 0 || rank >= static_cast<int>(cluster.size())) {
+        fault("writes to the block " + std::to_string(rank) + " of a cluster of " +
+                  std::to_string(cluster.size()), site);
+    }
+    for (const Thread& t : cluster[rank].threads) {
         if (t.state != State::kExited) return;
     }
     fault("writes to the block " + std::to_string(rank) + " of its cluster, which has exited", site);

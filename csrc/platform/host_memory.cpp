@@ -65,7 +65,7 @@ Cell* cells_at(Space space, std::uintptr_t address) {
 }
 
 std::string who(int thread, std::uint32_t block_serial) {
-    const std::int64_t behind = block->serial - block_serial;
+    const std::int64_t behind = std::int64_t{block->serial} - block_serial;
     std::string text = "thread " + std::to_string(thread);
     if (behind != 0) text += " of block " + std::to_string(block->index - behind);
     return text;

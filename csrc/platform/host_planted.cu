@@ -240,6 +240,24 @@ void product(const Params& p) {
     cluster_barrier();
 }
 
+/// Right but for that: lanes wait in a collective for one that waits for a copy, other warps at the barrier.
+void rank_beyond_the_cluster(const Params& p) {
+    SharedArena arena;
+    const auto box = arena.take<bf16>(64 * kBoxColumns);
+    const CopyBarriers full(arena.take<std::uint64_t>(1));
+    if (thread_index() == 63) {
+        const auto row = reinterpret_cast<std::uintptr_t>(p.x.address(0));
+        full.init(0, 1);
+        if (p.planted) full.arrive_at(0, 1);
+        full.expect(0, 64 * kBoxColumns * 2);
+        copy_box(box, 0, tensor_map(row, true, 1, 2 * kCount, 2 * kCount, 64), 0, 0, full, 0);
+        full.wait(0, 0);
+    }
+    warp_barrier();
+    barrier();
+    p.y.store(thread_index(), 0.0f, thread_index() < kCount);
+}
+
 // What is no fault, but seen: in the output or in the counts.
 
 void sums_read_before_the_wait(const Params& p) {
@@ -323,6 +341,7 @@ const std::map<std::string, Run>& runs() {
         {"product never waited for", run_on_hopper<product<Bug::kProductNeverWaitedFor>>},
         {"wrong parity", run_on_hopper<product<Bug::kWrongParity>>},
         {"warps multiply different operands", run_on_hopper<product<Bug::kWarpsDiffer>>},
+        {"rank beyond the cluster", run_on_hopper<rank_beyond_the_cluster>},
     };
     return all;
 }
