@@ -11,6 +11,7 @@ from tests.cases import (
     DEVICE,
     DTYPES,
     SEED,
+    UNORDERED,
     P,
     assert_same,
     backends_of,
@@ -73,7 +74,7 @@ def test_parity_of_many_tiles(case, backend, dtype):
     check_parity(case, backend, dtype)
 
 
-@on_backends(LONG)
+@on_backends(LONG, UNORDERED)
 def test_two_runs_are_bit_equal(case, backend):
     check_repeatable(case, backend)
 

@@ -282,6 +282,47 @@ def test_row07_more_than_65535_rows(backend):
     torch.testing.assert_close(y[last], reference.layer_norm(x[last], w, w))
 
 
+def huge(path, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """A vector, on a CPU in a sparse file, so that what nobody touches takes no memory."""
+    if DEVICE == "cuda":
+        return torch.empty(size, dtype=dtype, device=DEVICE)
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+
+
+def far_apart(path, x: torch.Tensor) -> torch.Tensor:
+    """A copy of x with its rows, along the first one or two axes, spread over 2**31 elements."""
+    rows = x if x.dim() == 2 else x.flatten(0, 1)
+    stride = 2**31 // (len(rows) - 1) // 8 * 8 + 8
+    memory = huge(path, (len(rows) - 1) * stride + rows[0].numel(), x.dtype)
+    spread = memory.as_strided(rows.shape, (stride, *rows.stride()[1:])).copy_(rows)
+    return spread if x.dim() == 2 else spread.unflatten(0, x.shape[:2])
+
+
+@on_backends(case for case in SMALL if case.op != "embedding")
+def test_row07_offsets_beyond_32_bits(case, backend, tmp_path):
+    """Of all inputs, which are read in place."""
+    if backend == "triton" and DEVICE == "cpu" and case.op != "causal_attention":
+        pytest.skip("the interpreter loses the type of a loop's variable, and counts in 32 bits")
+    dtype = widest_dtype(backend, case.op)
+    inputs, dout = cast(case, dtype, dtype), upstream(case, dtype)
+    spread = {k: far_apart(tmp_path / k, x) if x.dim() > 1 else x for k, x in inputs.items()}
+    oracle, plain = oracle_of(case, inputs, dout), results(case.reference, inputs, dout)
+    with use_backend(backend):
+        actual = results(case.fused, spread, dout)
+    for name, value in actual.items():
+        assert_close(name, value, plain[name], oracle[name], dtype)
+
+
+@pytest.mark.parametrize("backend", backends_of("embedding"))
+def test_row07_a_table_of_more_than_2_31_elements(backend, tmp_path):
+    C, last = 16, 2**31 // 16
+    table = huge(tmp_path / "table", (last + 1) * C, torch.bfloat16).view(last + 1, C)
+    table[[1, last]] = torch.randn(2, C, device=DEVICE).bfloat16()
+    ids, positions = torch.tensor([[last, 1, last]], device=DEVICE), table.new_zeros(3, C)
+    with use_backend(backend), torch.no_grad():
+        assert torch.equal(ops.embedding(ids, table, positions), table[ids])
+
+
 SLOW_WITHOUT_A_GPU = ("triton", "cuda_host") if DEVICE == "cpu" else ()
 
 

@@ -13,6 +13,7 @@ from tests.cases import (
     DEVICE,
     DTYPES,
     SEED,
+    UNORDERED,
     P,
     backends_of,
     check_ids_as_on_a_gpu,
@@ -61,7 +62,7 @@ def test_parity(case, backend, dtype):
     check_parity(case, backend, dtype)
 
 
-@on_backends(RUNS)
+@on_backends(RUNS, UNORDERED)
 def test_two_runs_are_bit_equal(case, backend):
     check_repeatable(case, backend)
 

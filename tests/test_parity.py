@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.cases import DTYPES, PARITY, check_parity, check_repeatable, on_backends
+from tests.cases import DTYPES, PARITY, UNORDERED, check_parity, check_repeatable, on_backends
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -17,6 +17,6 @@ def test_fp32_parameters_beside_bf16_activations(case, backend):
     check_parity(case, backend, torch.bfloat16, torch.float32)
 
 
-@on_backends(PARITY)
+@on_backends(PARITY, UNORDERED)
 def test_two_runs_are_bit_equal(case, backend):
     check_repeatable(case, backend)

@@ -61,16 +61,16 @@ def interrupt_once(monkeypatch, owner, name: str, call: int, signum: int) -> Non
     monkeypatch.setattr(owner, name, interrupted)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 @pytest.mark.parametrize(
-    ("owner", "name", "call"),
+    ("owner", "name", "call", "signum"),
     [
-        (metrics, "mean_loss", 1),
-        (checkpoint.CheckpointWriter, "_write", 0),
-        (static_step, "train_step", 4),
-        (static_step, "train_step", STEPS - 1),
+        (metrics, "mean_loss", 1, signal.SIGTERM),
+        (checkpoint.CheckpointWriter, "_write", 0, signal.SIGTERM),
+        (static_step, "train_step", 4, signal.SIGTERM),
+        (static_step, "train_step", 4, signal.SIGINT),
+        (static_step, "train_step", STEPS - 1, signal.SIGTERM),
     ],
-    ids=["evaluation", "save", "update", "last-update"],
+    ids=["evaluation", "save", "update", "update-Ctrl-C", "last-update"],
 )
 def test_row29_a_signal_saves_and_the_run_goes_on(
     run, whole, tmp_path, monkeypatch, capsys, owner, name, call, signum
