@@ -13,7 +13,7 @@ from benchmarks import cases, ceilings
 from benchmarks.compare import Comparison, compare
 from benchmarks.peers import YARDSTICKS, Implementation, implementations
 from benchmarks.replay import clock
-from benchmarks.table import HEADER, cells, figures, number
+from benchmarks.table import HEADER, cells, figures, rate
 
 DEVICE, DTYPE, ROUNDS = "cpu", torch.float32, 11
 CASES = [*cases.SMALL, *cases.SMALL_SWEEP]
@@ -80,8 +80,8 @@ def test_ceilings(line):
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else "this CPU"
     line(
         "ceilings, measured: the floors are at these",
-        ("", "copy, TB/s", "product, TFLOP/s"),
-        (f"{machine}, {_dtype()}", number(1e-12 * found.bandwidth), number(1e-12 * found.rate)),
+        ("", "copy, bytes/s", "product, FLOP/s"),
+        (f"{machine}, {_dtype()}", rate(found.bandwidth), rate(found.rate)),
     )
 
 

@@ -19,6 +19,7 @@ from benchmarks.table import (
     model_cells,
     model_figures,
     number,
+    rate,
 )
 from benchmarks.targets import TARGETS, Measured
 
@@ -92,8 +93,8 @@ def _machine(record: dict) -> str:
     rows.append(("packages", packages))
     if (ceilings := _ceilings(record)) is not None:
         rows += [
-            ("copy, read and written", f"{number(1e-12 * ceilings.bandwidth)} TB/s"),
-            ("bf16 product of random matrices", f"{number(1e-12 * ceilings.rate)} TFLOP/s"),
+            ("copy, read and written", f"{rate(ceilings.bandwidth)}B/s"),
+            ("bf16 product of random matrices", f"{rate(ceilings.rate)}FLOP/s"),
         ]
     return markdown(("machine", ""), rows)
 

@@ -56,7 +56,7 @@ def _spread(timing: Timing) -> dict[str, float]:
     return {"seconds": named.pop("median"), **named}
 
 
-HEADER = ("", "µs", "quartiles", "TFLOP/s", "TB/s", "of floor", "x best peer", "peak MB")
+HEADER = ("", "µs", "quartiles", "FLOP/s", "bytes/s", "of floor", "x best peer", "peak MB")
 
 
 def cells(line: Figures) -> tuple[str, ...]:
@@ -65,8 +65,8 @@ def cells(line: Figures) -> tuple[str, ...]:
         line.implementation,
         number(1e6 * line.seconds),
         f"{number(1e6 * line.low)}-{number(1e6 * line.high)}",
-        number(1e-12 * line.flops_per_s) if line.flops_per_s else "",
-        number(1e-12 * line.bytes_per_s),
+        rate(line.flops_per_s) if line.flops_per_s else "",
+        rate(line.bytes_per_s),
         _percent(line.share_of_floor),
         _ratio(line.times_best_peer),
         _megabytes(line.peak_bytes),
@@ -114,7 +114,7 @@ def model_figures(results: Sequence[ModelResult], rate: float | None) -> list[Mo
 
 
 MODEL_HEADER = (
-    "", "ms", "quartiles", "tokens/s", "TFLOP/s", "MFU", "x best peer", "x transformers", "peak MB",
+    "", "ms", "quartiles", "tokens/s", "FLOP/s", "MFU", "x best peer", "x transformers", "peak MB",
 )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def model_cells(line: ModelFigures) -> tuple[str, ...]:
         number(1e3 * line.seconds),
         f"{number(1e3 * line.low)}-{number(1e3 * line.high)}",
         number(line.tokens_per_s),
-        number(1e-12 * line.flops_per_s),
+        rate(line.flops_per_s),
         _percent(line.utilisation),
         _ratio(line.times_best_peer),
         _ratio(line.times_transformers),
@@ -148,6 +148,12 @@ def _megabytes(bytes: int | None) -> str:
 def number(x: float) -> str:
     """Three significant digits, thousands in full."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def rate(x: float) -> str:
+    """Three significant digits and a prefix of the unit: 3.03 T."""
+    scale, prefix = (1e12, "T") if x >= 1e12 else (1e9, "G") if x >= 1e9 else (1e6, "M")
+    return f"{number(x / scale)} {prefix}"
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:

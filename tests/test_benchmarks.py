@@ -295,7 +295,7 @@ def test_figures_of_a_line():
     assert figures(results[:1], machine)[0].times_best_peer is None
     large = replace(ours, seconds=12.3456, peak_bytes=2_000_000)
     assert cells(large) == (
-        "ours", "12,345,600", "15,000-25,000", "0.0004", "0.0002", "45.0%", "1.50", "2",
+        "ours", "12,345,600", "15,000-25,000", "400 M", "200 M", "45.0%", "1.50", "2",
     )  # fmt: skip
     assert cells(replace(ours, flops_per_s=0.0))[3] == ""
 

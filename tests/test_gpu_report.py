@@ -471,8 +471,8 @@ def test_what_is_measured_without_the_ceilings_is_in_the_tables(tmp_path):
     parts = {"ops": {**PART, "found": FOUND[1:]}, "step": {**PART, "found": FOUND[-2:]}}
     write_page({"device": "cuda", "machine": machine, "parts": parts}, tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert "| SDPA flash | 270 | 270-270 |   | 0.0148 |   |" in page
-    assert "| compiled plain PyTorch | 50 | 50-50 | 655,360 | 20 |   | 1.00 | 4.80 |   |" in page
+    assert "| SDPA flash | 270 | 270-270 |   | 14.8 G |   |" in page
+    assert "| compiled plain PyTorch | 50 | 50-50 | 655,360 | 20 T |   | 1.00 | 4.80 |   |" in page
 
 
 def test_a_part_of_other_versions_says_so(tmp_path):
