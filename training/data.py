@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import compress
 from pathlib import Path
@@ -266,6 +267,25 @@ def matches(path: Path) -> list[Path]:
     """The files and folders that a path or a pattern names."""
     found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     return [match for match in found if match.is_file() or match.is_dir()]
+
+
+def reaches(path: str, files: Sequence[Path]) -> bool:
+    """Whether a path or a pattern names one of these files, which need not be there yet."""
+    files = [file.resolve() for file in files]
+    found = [match.resolve() for match in matches(Path(path))]
+    pattern = Path(os.path.normpath(absolute(path))).parts
+    return any(
+        any(map(file.is_relative_to, found)) or _named(pattern, file.parts) for file in files
+    )
+
+
+def _named(pattern: Sequence[str], path: Sequence[str]) -> bool:
+    """Whether a pattern names a path or a folder above it, both in parts."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_named(pattern[1:], path[start:]) for start in range(len(path)))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and _named(pattern[1:], path[1:])
 
 
 def _searched(folder: Path) -> list[Path]:
