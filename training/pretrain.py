@@ -39,10 +39,10 @@ def main(config: PretrainConfig) -> None:
     corpus = data.Corpus(
         config.data, text_column=config.text_column, sentence_shuffled=config.sentence_shuffled
     )
-    if checkpoint is not None:
-        tokenizer = Tokenizer.open(checkpoint.folder)
-    elif config.tokenizer is not None:
+    if config.tokenizer is not None:
         tokenizer = Tokenizer.open(config.tokenizer, config.style)
+    elif checkpoint is not None:
+        tokenizer = Tokenizer.open(checkpoint.folder)
     else:
         tokenizer = Tokenizer.train(
             chain.from_iterable(corpus.train), config.vocab_size or model_config.vocab_size,

@@ -22,6 +22,7 @@ from training import run as run_folder
 from training.config import PretrainConfig
 from training.finetune_config import FinetuneConfig
 from training.run import LOCK, StopSignal, cut_logs, identity, next_folder, require_same, write_json
+from training.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCK = {"tokens_per_second", "flop_utilisation"}
@@ -225,6 +226,14 @@ def test_logs_are_cut_to_what_they_were_at_the_start(tmp_path):
     cut_logs(tmp_path, start)
     assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
     assert (tmp_path / "samples.txt").read_text() == ""
+
+
+def test_another_tokenizer_is_refused(run, whole, tmp_path):
+    settings = {"vocab_size": None, "steps": 1}
+    run(tmp_path / "run", tokenizer=whole / "model", **settings)
+    Tokenizer.train(["other words"], 60, at_most=True).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="another configuration: vocabulary"):
+        run(tmp_path / "run", tokenizer=tmp_path / "other", **settings)
 
 
 def test_a_changed_text_is_refused(run, whole, corpus, tmp_path):
