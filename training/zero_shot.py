@@ -246,7 +246,7 @@ def mean_log_probabilities(
         for row, i in enumerate(numbers):  # padding is on the right, where nothing sees it
             its, start = sequences[i]
             ids[row, : len(its)] = torch.tensor(its)
-            targets[row, start - 1 : len(its) - 1] = ids[row, start : len(its)]
+            targets[row, start - 1 : max(0, len(its) - 1)] = ids[row, start : len(its)]
         ids, targets = ids.to(device), targets.to(device)
         h = model.transformer(ids).last_hidden_state
         table = model.transformer.tokens_embed.weight

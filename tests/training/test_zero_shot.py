@@ -54,12 +54,13 @@ def test_mean_log_probabilities_against_plain_pytorch(batch_size):
     rng = np.random.default_rng(0)
     sequences = [
         Scored(rng.integers(0, 100, n).tolist(), start)
-        for n, start in ((9, 1), (4, 3), (12, 5), (9, 8), (2, 1), (1, 1), (5, 5))
+        for n, start in ((9, 1), (4, 3), (12, 5), (9, 8), (2, 1), (1, 1), (5, 5), (0, 1))
     ]
     with use_backend("portable"):
         found = mean_log_probabilities(model, sequences, batch_size, DEVICE)
     for value, (ids, start) in zip(found, sequences, strict=True):
-        logits = model(torch.tensor([ids], device=DEVICE)).logits[0].double()
+        ids = torch.tensor(ids, dtype=torch.int64, device=DEVICE)
+        logits = model(ids[None]).logits[0].double()
         scores = [
             torch.log_softmax(logits[i - 1], 0)[ids[i]].item() for i in range(start, len(ids))
         ]
