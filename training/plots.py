@@ -45,7 +45,7 @@ def plot_runs(runs: Sequence[Path], picture: Path) -> None:
             rows.append(row)
         if not rows:
             raise ValueError(f"{file}: empty, expected the log of a run")
-        name = f"{run.name}, " if len(runs) > 1 else ""
+        name = f"{_plain(run.name)}, " if len(runs) > 1 else ""
         for axis, key, label, style in (
             (top, "loss", "training", {"linewidth": 0.8, "alpha": 0.5}),
             (top, "validation_loss", "validation", {"marker": "o", "markersize": 3}),
@@ -79,8 +79,8 @@ def plot_predictions(
     if classes:
         seen = np.union1d(labels, predictions).astype(int)
         ConfusionMatrixDisplay.from_predictions(
-            labels, predictions, labels=seen, display_labels=[classes[i] for i in seen], ax=axis,
-            colorbar=False, cmap="Blues",
+            labels, predictions, labels=seen, display_labels=[_plain(classes[i]) for i in seen],
+            ax=axis, colorbar=False, cmap="Blues",
         )  # fmt: skip
     else:
         axis.scatter(labels, predictions, s=8, alpha=0.4)
@@ -164,3 +164,8 @@ def plot_transfer(comparisons: Mapping[str, Comparison], picture: Path) -> None:
     axis.legend(fontsize="small")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    """A text in which two dollar signs do not enclose a formula, which may be none."""
+    return text.replace("$", r"\$")
