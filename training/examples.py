@@ -43,6 +43,8 @@ class Example:
     """Of the split, where it has several."""
     id: str | int = 0
     """As a submission names it."""
+    names: tuple[str, ...] = ()
+    """Of the answers, as the label calls them."""
 
 
 @dataclass(frozen=True)
@@ -218,24 +220,25 @@ def _example(
         if labelled:
             raise
         raw = ""
+    example = Example(texts, answers, names=names)
     if raw in form.unlabelled or (not raw and not labelled):
-        return None if labelled else Example(texts, answers)
+        return None if labelled else example
     if task.regression:
-        return Example(texts, answers, _score(where, form.label, raw, task.score_range))
-    raw = form.names.get(raw, raw)
+        return replace(example, label=_score(where, form.label, raw, task.score_range))
+    names, raw = names or task.labels, form.names.get(raw, raw)
     if raw not in names:
         raise RowError(
             f"{where}: {form.label} is {raw!r}, expected one of {', '.join(names) or 'none'}"
         )
-    return Example(texts, answers, names.index(raw))
+    return replace(example, label=names.index(raw))
 
 
 def _answers(
     where: str, row: Mapping[str, Any], form: Form, task: Task
-) -> tuple[tuple[str, ...], Sequence[str]]:
-    """The answers, and what the label calls them; without answers, what it calls the classes."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The answers, and what the label calls them; both empty but for multiple choice."""
     if task.kind != "choice":
-        return (), task.labels
+        return (), ()
     if isinstance(form.answers, tuple):  # cells after the last answer are empty
         cells = [written(cell(where, row, column)) for column in form.answers]
         while cells and not cells[-1]:
@@ -254,7 +257,7 @@ def _answers(
     answers = tuple(_checked(where, "an answer", answer) for answer in answers)
     if len(names) < len(answers):
         raise RowError(f"{where}: {len(answers)} answers, but names for {len(names)}")
-    return answers, [str(name) for name in names[: len(answers)]]
+    return answers, tuple(str(name) for name in names[: len(answers)])
 
 
 def _text(where: str, row: Mapping[str, Any], column: str) -> str:

@@ -53,7 +53,7 @@ def write(
         value = (
             f"{np.clip(prediction, *task.score_range):.3f}"
             if task.regression
-            else task.labels[int(prediction)]
+            else (example.names or task.labels)[int(prediction)]
         )
         lines.setdefault(name, []).append((example.id, value))
     folder.mkdir(parents=True, exist_ok=True)

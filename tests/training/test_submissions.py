@@ -1,12 +1,13 @@
 """The files that evaluation servers take, character by character."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from training.examples import Example
+from training.examples import Example, load
 from training.submissions import write
 from training.tasks import TASKS
 
@@ -53,6 +54,21 @@ def test_race_answers_are_listed_by_passage(tmp_path):
     (file,) = write(tmp_path, TASKS["race"], examples, np.array([3, 0, 1]))
     assert file.name == "RACE.json"
     assert json.loads(file.read_text()) == {"high1.txt": ["D", "A"], "middle2.txt": ["B"]}
+
+
+def test_an_answer_has_the_name_that_its_row_gives_it(tmp_path):
+    """As in ARC, where some questions have answers A to D and others 1 to 4."""
+    lines = []
+    for one, other in ("AB", "12", "BA"):
+        choices = [{"text": "x", "label": one}, {"text": "y", "label": other}]
+        question = {"stem": "?", "choices": choices}
+        lines.append(json.dumps({"id": one, "question": question, "answerKey": other}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    shutil.copy(tmp_path / "train.jsonl", tmp_path / "dev.jsonl")
+    examples = load(TASKS["openbookqa"], tmp_path).validation
+    assert [example.label for example in examples] == [1, 1, 1]
+    (file,) = write(tmp_path, TASKS["openbookqa"], examples, np.array([0, 1, 1]))
+    assert file.read_text() == "index\tprediction\nA\tA\n1\t2\nB\tA\n"
 
 
 def test_a_regression_without_a_range_is_not_clipped(tmp_path):
