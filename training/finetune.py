@@ -203,6 +203,8 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
     submissions.write(out / "predictions", task, submitted, predictions)
     run.write_json(out / run.RESULT, result)
     print_result(result)
+    if stop.received and config.seeds > 1:  # too late for this run, not for those after it
+        stop.end_process(total, out)
     return result
 
 

@@ -568,6 +568,24 @@ def test_several_seeds_are_run_and_summarised(settings, capsys):
     assert "accuracy over 3 seeds: median" in capsys.readouterr().out
 
 
+def test_a_signal_at_the_end_of_a_seed_keeps_the_next_from_starting(settings, monkeypatch, capsys):
+    config, original = settings(seeds=2, epochs=1), finetune.scores.baseline
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.scores, "baseline", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            finetune.main(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in config.out.iterdir()] == ["seed-0"]
+    finetune.main(config)
+    assert "finished already, at step 6 of 6" in capsys.readouterr().out
+    assert (config.out / "summary.json").is_file()
+
+
 def test_a_custom_task_from_the_command_line(settings, pretrained, tmp_path, monkeypatch):
     rng = random.Random(0)
     rows = [f'"{sentence(rng, i % 2)}, they say",{("poor", "fine")[i % 2]}' for i in range(60)]
