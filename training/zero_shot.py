@@ -96,11 +96,11 @@ def main(config: ZeroShotConfig) -> None:
     for folder in found:
         try:
             step = Checkpoint.open(folder).step
-        except ValueError as error:
+            model = backbone_at(folder).language_model.from_pretrained(folder).to(config.device)
+            tokenizer = Tokenizer.open(folder)
+        except (OSError, ValueError) as error:  # OSError: removed by a run that goes on, --keep
             print(f"refused: {error}")
             continue
-        model = backbone_at(folder).language_model.from_pretrained(folder).to(config.device)
-        tokenizer = Tokenizer.open(folder)
         scores = {
             name: zero_shot(name, examples, model, tokenizer, config)
             for name, examples in tasks.items()

@@ -14,7 +14,7 @@ from sklearn.metrics import matthews_corrcoef
 from gpt1_kernels import GPT1LMHeadModel, use_backend
 from tests.cases import DEVICE
 from tests.models import config, randomised
-from training import zero_shot
+from training import checkpoint, zero_shot
 from training.examples import Example
 from training.tokenizer import Tokenizer
 from training.zero_shot import HEURISTICS, Scored, best_threshold, mean_log_probabilities
@@ -232,6 +232,28 @@ def test_row28_a_damaged_checkpoint_is_refused_and_the_others_are_asked(whole, t
         assert asked in printed
     (row,) = json.loads((tmp_path / "run" / "zero_shot.json").read_text())
     assert row["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(checkpoint, "_digest_of_file"), (zero_shot, "backbone_at")]
+)
+def test_a_checkpoint_that_its_run_removes_meanwhile_does_not_end_the_sweep(
+    whole, tmp_path, monkeypatch, capsys, module, name
+):
+    def removed(path):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006", ignore_errors=True)
+        return original(path)
+
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, removed)
+    shutil.copytree(whole / "checkpoints", tmp_path / "run" / "checkpoints")
+    (tmp_path / "dprd.txt").write_text(DPRD)
+    options = zero_shot.ZeroShotConfig(tmp_path / "run", dprd=tmp_path / "dprd.txt", device=DEVICE)
+    with use_backend("portable"):
+        zero_shot.main(options)
+    printed = capsys.readouterr().out
+    assert "refused: " in printed
+    assert "update 9: dprd" in printed
 
 
 def test_an_interrupted_sweep_keeps_its_scores(whole, tmp_path, monkeypatch):
