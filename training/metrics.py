@@ -27,7 +27,8 @@ class MetricsLog:
 
     Args:
         folder: of the run.
-        first_step: TensorBoard forgets what an interrupted run logged from here on.
+        first_step: TensorBoard forgets what an interrupted run logged from here on, but for its
+            validation here, which is not repeated.
     """
 
     def __init__(self, folder: Path, first_step: int = 0):
@@ -36,7 +37,9 @@ class MetricsLog:
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else 0
+            )
 
     def write(self, step: int, **values: float) -> None:
         """Logs values by name; what is not finite is null, as JSON has it."""
