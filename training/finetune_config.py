@@ -28,7 +28,7 @@ class FinetuneConfig:
     which `datasets` must be installed."""
     custom: Custom = field(default_factory=Custom)
     skip_bad_rows: bool = False
-    """Leaves rows out that cannot be used, and counts them. Default: the first stops the run."""
+    """Leaves rows out that cannot be used, and names them. Default: the first stops the run."""
     train_examples: int | None = None
     """Trains on so many examples, always the same. Default: on all."""
     model: Path | None = None
