@@ -213,8 +213,9 @@ def _require_free(out: Path, goes_on: bool) -> None:
 
 
 def _is_new(folder: Path) -> bool:
-    """Whether nothing is in a folder but the lock that a run has left."""
-    return all(path.name == LOCK for path in folder.iterdir())
+    """Whether nothing is in a folder but what a run has left that was killed before it began."""
+    left_over = {LOCK, "config.partial"}  # the latter by `write_json`
+    return left_over.issuperset(path.name for path in folder.iterdir())
 
 
 def _stopped_early(out: Path) -> bool:

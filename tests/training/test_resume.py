@@ -282,6 +282,22 @@ def test_a_fork_from_the_last_step_is_refused_and_writes_nothing(run, whole, tmp
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
+def test_a_run_killed_while_it_writes_its_options_starts_anew(run, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(path):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "sync", killed)
+        with pytest.raises(Killed):
+            run(tmp_path, steps=1)
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "config.partial"}
+    run(tmp_path, steps=1)
+    assert run_folder.read_result(tmp_path)
+
+
 @pytest.mark.parametrize("kept", ["model", "result.json"])
 def test_a_folder_that_is_no_interrupted_run_is_refused(run, whole, tmp_path, kept):
     """A model, whose config.json is not a run's, and a finished run without its checkpoints."""
