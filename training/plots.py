@@ -71,16 +71,18 @@ def plot_predictions(
 
     Args:
         labels, predictions: (examples,), numbers of classes, or scores.
-        classes: their names, in order; those that never occur are left out.
+        classes: their names, in order; those that never occur are left out. An answer that only
+            its question has a name for is shown by its place, from 1.
     """
     from sklearn.metrics import ConfusionMatrixDisplay  # a second that pre-training is spared
 
     figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
     if classes:
         seen = np.union1d(labels, predictions).astype(int)
+        names = [_plain(classes[i]) if i < len(classes) else f"{i + 1}" for i in seen]
         ConfusionMatrixDisplay.from_predictions(
-            labels, predictions, labels=seen, display_labels=[_plain(classes[i]) for i in seen],
-            ax=axis, colorbar=False, cmap="Blues",
+            labels, predictions, labels=seen, display_labels=names, ax=axis, colorbar=False,
+            cmap="Blues",
         )  # fmt: skip
     else:
         axis.scatter(labels, predictions, s=8, alpha=0.4)

@@ -55,13 +55,15 @@ def test_classes_are_drawn_as_a_confusion_matrix_and_scores_as_points(tmp_path, 
     monkeypatch.setattr(plots.plt, "close", figures.append)
     labels, predictions = np.array([0, 0, 2, 2, 2]), np.array([0, 2, 2, 2, 2])
     plots.plot_predictions(labels, predictions, ("a", "b", "$1_$5"), tmp_path / "classes.png")
+    plots.plot_predictions(labels, predictions + 2, ("a", "b", "c"), tmp_path / "more.png")
     scores = np.array([0.0, 2.5, 5.0]), np.array([0.5, 2.0, 4.0])
     plots.plot_predictions(*scores, (), tmp_path / "scores.png")
     monkeypatch.undo()
-    matrix, scatter = (figure.axes[0] for figure in figures)
+    matrix, more, scatter = (figure.axes[0] for figure in figures)
     assert matrix.images[0].get_array().tolist() == [[1, 1], [0, 3]]  # "b" never occurs
     assert [label.get_text() for label in matrix.get_yticklabels()] == ["a", r"\$1_\$5"]
+    assert [label.get_text() for label in more.get_xticklabels()] == ["a", "c", "5"]
     assert scatter.collections[0].get_offsets().tolist() == np.stack(scores, 1).tolist()
-    for figure, name in zip(figures, ("classes", "scores"), strict=True):
+    for figure, name in zip(figures, ("classes", "more", "scores"), strict=True):
         plots.plt.close(figure)
         assert matplotlib.image.imread(tmp_path / f"{name}.png").std() > 0
