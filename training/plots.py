@@ -17,6 +17,8 @@ from training.readers import RowError, json_lines
 if TYPE_CHECKING:
     from training.comparison import Comparison
 
+MOST_NUMBERED = 20  # classes; counts of more would not be legible, and take minutes to draw
+
 
 def plot_runs(runs: Sequence[Path], picture: Path) -> None:
     """Draws training and validation losses, and learning rates, of runs against updates.
@@ -82,7 +84,7 @@ def plot_predictions(
         names = [_plain(classes[i]) if i < len(classes) else f"{i + 1}" for i in seen]
         ConfusionMatrixDisplay.from_predictions(
             labels, predictions, labels=seen, display_labels=names, ax=axis, colorbar=False,
-            cmap="Blues",
+            cmap="Blues", include_values=len(seen) <= MOST_NUMBERED,
         )  # fmt: skip
     else:
         axis.scatter(labels, predictions, s=8, alpha=0.4)

@@ -50,6 +50,17 @@ def test_a_picture_has_a_format(tmp_path):
         plots.plot_runs([tmp_path], tmp_path / "loss")
 
 
+@pytest.mark.parametrize(("classes", "numbers"), [(3, 9), (40, 0)])
+def test_the_counts_of_many_classes_are_colours_alone(tmp_path, monkeypatch, classes, numbers):
+    figures = []
+    monkeypatch.setattr(plots.plt, "close", figures.append)
+    labels = np.arange(classes)
+    plots.plot_predictions(labels, labels, [*map(str, labels)], tmp_path / "classes.png")
+    monkeypatch.undo()
+    assert len(figures[0].axes[0].texts) == numbers
+    plots.plt.close(figures[0])
+
+
 def test_classes_are_drawn_as_a_confusion_matrix_and_scores_as_points(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots.plt, "close", figures.append)
