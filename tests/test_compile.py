@@ -15,6 +15,7 @@ from tests.cases import (
     PARITY,
     SEED,
     assert_same,
+    backends_of,
     cast,
     inputs_for,
     on_backends,
@@ -64,6 +65,20 @@ def test_row21_opcheck(case, backend):
         with collected:
             out = case.fused(**leaves)
             out.backward(dout.to(out.dtype))
+    check_calls(collected)
+
+
+@pytest.mark.parametrize("backend", backends_of("dropout_add_layer_norm"))
+def test_row21_opcheck_of_axes_swapped_in_memory(backend):
+    """Portable kept the sum for backward in the layout of its terms; compiled code refused it."""
+    x = torch.randn(5, 3, 16, device=DEVICE).transpose(0, 1).requires_grad_()
+    collected = LowLevelCalls()
+    with use_backend(backend), collected:
+        ops.dropout_add_layer_norm(x, x, x[0, 0], x[0, 0]).sum().backward()
+    check_calls(collected)
+
+
+def check_calls(collected: LowLevelCalls) -> None:
     assert {function._schema.name.rsplit("_", 1)[-1] for function, _ in collected.calls} >= {"fwd"}
     for function, args in collected.calls:
         args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]

@@ -50,7 +50,7 @@ def dropout_add_layer_norm_fwd(
     branch = x.float() if x_bias is None else x.float() + x_bias
     if dropout_p > 0.0:
         branch = row_multiplier(seed, x.shape, dropout_p, row_offset).mul_(branch)
-    total = (residual + branch).to(x.dtype)
+    total = (residual + branch).to(x.dtype).contiguous()
     y, mean, rstd = layer_norm_fwd(total, w, b, eps)
     return y, total if save_total else x.new_empty(0), mean, rstd
 
