@@ -148,6 +148,17 @@ def test_fp16_gradients_do_not_overflow_on_the_way(backend):
 
 
 @on_every_backend
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_fp16_gradients_do_not_depend_on_the_unit_of_the_weights(backend, reduction, unit):
+    """dh is in fp16 before the loss scale comes: by itself it was 0 or infinite."""
+    case = linear_cross_entropy("unit", 9, 16, 100, reduction, ignored=2, weighted=True)
+    case.fused.keywords["token_weight"].mul_(unit)
+    scale = 2.0**10 if reduction == "mean" else 2.0**10 / unit
+    check_parity(case, backend, torch.float16, dout=torch.full((), scale, device=DEVICE))
+
+
+@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_token_of_weight_zero_takes_no_gradient_from_a_bad_loss(backend, dtype):
     case = linear_cross_entropy("zero-weight", 9, 16, 100, "none", ignored=2, weighted=True)

@@ -73,6 +73,12 @@ class _ReducedLoss(torch.autograd.Function):
     def forward(ctx, h, w, targets, token_weight, ignore_index, mean, backend):
         # Cast here, where autograd records no cast, so that the fp32 sum of dw is rounded once.
         product_w = matrix(w.to(h.dtype))
+        unit = None
+        if h.dtype == torch.float16 and token_weight is not None and targets.numel() > 0:
+            # In units of the largest weight, dh fits fp16 until backward scales it.
+            counted = token_weight.masked_fill(targets == ignore_index, 0)
+            unit = counted.abs().amax().clamp(min=1e-30)
+            token_weight = token_weight / unit
         losses, dh, dw = _fwd(
             _rows(h), product_w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2],
             backend,
@@ -80,7 +86,7 @@ class _ReducedLoss(torch.autograd.Function):
         loss = losses.sum()
         # All ignored: 0 / 1 leaves loss and gradients at 0.
         if not mean:
-            scale = torch.ones_like(loss)
+            scale = torch.ones_like(loss) if unit is None else unit
         elif token_weight is None:
             scale = (targets != ignore_index).sum(dtype=torch.float32).clamp(min=1).reciprocal()
         else:
