@@ -37,8 +37,10 @@ class ErrorRecord:
         """The recorded id, which is then forgotten, or None."""
         if self._values[0] == 0:
             return None
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels may set the flag before they write the id
+        # Kernels may set the flag before they write the id. In a capture nothing may wait, but what
+        # came before it has run: `torch.cuda.graph` waits first.
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(self.device)
         recorded, value = self._values.tolist()  # again: another thread may have taken it
         self._values[:] = 0
         return value if recorded else None

@@ -98,6 +98,7 @@ def test_what_another_thread_takes_meanwhile_is_not_raised_twice(record, monkeyp
     note(record, 12)
     check = record.take
     monkeypatch.setattr(record, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     taken = []
 
     def wait(device):
@@ -107,3 +108,13 @@ def test_what_another_thread_takes_meanwhile_is_not_raised_twice(record, monkeyp
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     assert check() is None
     assert taken == [12]
+
+
+def test_an_id_recorded_before_a_capture_is_raised_in_it(record, monkeypatch):
+    """The host waited for the GPU, which broke the capture with an error that names no id."""
+    note(record, 12)
+    monkeypatch.setattr(record, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("waits in a capture"))
+    with pytest.raises(IndexError, match="id 12 "):
+        errors.raise_recorded()
