@@ -588,6 +588,23 @@ def test_row17_huge_mean_and_tiny_variance(op, dtype):
         check_parity(replace(case, inputs=inputs), backend, dtype)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("op", ["layer_norm", "dropout_add_layer_norm"])
+@pytest.mark.parametrize("backend", backends_of("layer_norm"))
+def test_an_fp32_bias_beside_a_gain_in_bf16_has_an_fp32_gradient(backend, op, compiled):
+    """It was rounded to the dtype of the gain."""
+    case = next(case for case in SMALL if case.op == op)
+    inputs, dout = cast(case, torch.bfloat16, torch.bfloat16), upstream(case, torch.bfloat16)
+    inputs["b"] = case.inputs["b"]
+    torch._dynamo.reset()
+    fused = torch.compile(case.fused, backend="aot_eager") if compiled else case.fused
+    with use_backend(backend):
+        actual = results(fused, inputs, dout)
+        expected = results(case.fused, inputs | {"w": inputs["w"].float()}, dout)
+    assert_same(actual, expected | {"w": expected["w"].to(torch.bfloat16)})
+    assert actual["w"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", backends_of("layer_norm"))
 def test_row17_under_autocast_the_result_is_rounded_and_not_x(backend, dtype):

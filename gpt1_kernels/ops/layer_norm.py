@@ -100,7 +100,7 @@ _dropout_add_layer_norm_bwd = define(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, eps, backend):
-        x, w, b = map(last_contiguous, (x, w, b))
+        x, w, b = map(last_contiguous, (x, _as_wide(w, b), b))
         y, mean, rstd = _layer_norm_fwd(x, w, b, eps, backend)
         ctx.save_for_backward(x, w, mean, rstd)
         ctx.backend = backend
@@ -117,6 +117,7 @@ class _LayerNorm(torch.autograd.Function):
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset, fork, backend):
+        w = _as_wide(w, b)
         x, residual, w, b, x_bias, seed = map(last_contiguous, (x, residual, w, b, x_bias, seed))
         y, total, mean, rstd = _dropout_add_layer_norm_fwd(
             x, residual, w, b, x_bias, seed, eps, dropout_p, row_offset,
@@ -207,6 +208,11 @@ def dropout_add_layer_norm(
         seed if dropout_p > 0.0 else None, eps, dropout_p, row_offset, fork,
         resolve(op, x, width=x.shape[-1]),
     )  # fmt: skip
+
+
+def _as_wide(w: Tensor, b: Tensor) -> Tensor:
+    """w, in fp32 where b is: backward gives db the dtype of w, and autograd casts dw back."""
+    return w if w.dtype == b.dtype else w.float()
 
 
 def _check(op: str, x: Tensor, w: Tensor, b: Tensor) -> None:
