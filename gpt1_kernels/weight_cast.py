@@ -25,9 +25,8 @@ class _CastTogether(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        pairs = zip(gradients, ctx.dtypes, strict=True)
-        given, dtypes = zip(*((g, dtype) for g, dtype in pairs if g is not None), strict=True)
-        cast = iter(_cast(given, dtypes))
+        pairs = [(g, t) for g, t in zip(gradients, ctx.dtypes, strict=True) if g is not None]
+        cast = iter(_cast(*zip(*pairs, strict=True)) if pairs else ())
         return None, *(None if g is None else next(cast) for g in gradients)
 
 

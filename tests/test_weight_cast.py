@@ -115,3 +115,22 @@ def test_weights_of_the_dtype_are_used_as_they_are():
     model = GPT1LMHeadModel(config()).to(torch.bfloat16)
     with cast_once(model, torch.bfloat16):
         assert model.transformer.h[0].mlp.c_fc.cast is None
+
+
+def test_no_gradient_at_all():
+    """As behind a Function that gives none, where autograd still runs the backward before it."""
+
+    class Barrier(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    layer = Conv1D(8, 8).to(DEVICE)
+    with cast_once(layer, torch.bfloat16):
+        x = torch.randn(2, 8, dtype=torch.bfloat16, device=DEVICE)
+        Barrier.apply(layer(x)).sum().backward()
+    assert layer.weight.grad is None
