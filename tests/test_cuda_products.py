@@ -147,6 +147,9 @@ def test_rows_that_overlap_and_addresses_off_16_bytes(chip):
     a = operand(1, 72, "row").expand(40, 72)
     check(a, operand(1, 72 * 64 + 1, "row")[0, 1:].view(72, 64))
     check(operand(40, 73, "row")[:, :72], operand(72, 64, "row"))
+    windows = operand(1, 76, "row")[0].unfold(0, 72, 1)  # both strides are 1
+    check(windows, operand(72, 64, "row"))
+    check(windows.t(), operand(5, 64, "row"))
 
 
 def test_the_strides_of_a_single_row_or_column_mean_nothing(chip):

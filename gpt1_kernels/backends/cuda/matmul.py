@@ -66,7 +66,8 @@ def column_sums(x: Tensor) -> Tensor:
 def operand(x: Tensor) -> tuple[Tensor, bool]:
     """A product's operand as rows that are aligned, and whether these are its transpose's."""
     row, column = x.stride()
-    transposed = row == 1 and (column != 1 or x.shape[1] == 1)
+    # Both are 1 in a single row or column and in sliding windows: the rows of whole vectors.
+    transposed = row == 1 and (column != 1 or x.shape[1] % VECTOR > 0)
     return aligned(x.t() if transposed else x), transposed
 
 
