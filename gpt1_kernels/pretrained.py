@@ -89,9 +89,9 @@ class PretrainedMixin:
             state = load_file(weights)
         except SafetensorError as error:
             raise ValueError(f"{weights}: not a whole safetensors file, {error}") from None
-        model = cls(config)
+        model = cls(config).to(dtype=dtype)
         model.load_pretrained_state(state)
-        return model.to(dtype=dtype).eval()
+        return model.eval()
 
     def save_pretrained(
         self,

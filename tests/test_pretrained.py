@@ -260,6 +260,12 @@ def test_the_dtype_is_that_of_the_weights(folder):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_weights_are_rounded_to_no_dtype_but_the_one_asked_for(folder):
+    edit(folder, lambda s: {k: torch.rand_like(x, dtype=torch.float64) for k, x in s.items()})
+    model = GPT1LMHeadModel.from_pretrained(folder, dtype=torch.float64)
+    assert torch.equal(model.state_dict()[FC], load_file(folder / "model.safetensors")[FC])
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
