@@ -134,7 +134,12 @@ class PretrainedMixin:
         The tied table is accepted under either of its names; a backbone alone may be loaded into a
         model with a head of its own, whose weights then keep their values. A model without one
         leaves out the head of another.
+
+        Raises:
+            ValueError: as `from_pretrained`; or the model is on the meta device.
         """
+        if self.device.type == "meta":
+            raise ValueError("weights: the model is on the meta device, expected one with memory")
         own = self.state_dict()
         state = _canonical(state, prefixed=_TABLE in own)
         heads = {k for k in own if k.startswith(_HEADS)}

@@ -266,6 +266,11 @@ def test_weights_are_rounded_to_no_dtype_but_the_one_asked_for(folder):
     assert torch.equal(model.state_dict()[FC], load_file(folder / "model.safetensors")[FC])
 
 
+def test_a_model_without_memory_takes_no_weights(folder):
+    with torch.device("meta"), pytest.raises(ValueError, match="model is on the meta device"):
+        GPT1LMHeadModel.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
