@@ -155,6 +155,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
         shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
         length = shape[-1]
         rows = prod(shape[:-1])  # Size.numel would make symbols of torch.export constants
+        _check_shape("inputs_embeds", inputs_embeds, (*shape, self.config.n_embd))
         _check_shape("attention_mask", attention_mask, shape)
         _check_shape("token_type_ids", token_type_ids, shape)
         _check_shape("position_ids", position_ids, shape, (1, length), (length,))

@@ -195,8 +195,13 @@ def test_logits_to_keep(keep, expected):
             ValueError,
             "expected exactly one",
         ),
+        (
+            {"inputs_embeds": torch.zeros(2, 3, 47, device=DEVICE)},
+            ValueError,
+            r"inputs_embeds: shape \(2, 3, 47\), expected \(2, 3, 48\)",
+        ),
     ],
-    ids=["too-long", "attentions", "no-input", "two-inputs"],
+    ids=["too-long", "attentions", "no-input", "two-inputs", "width"],
 )
 def test_arguments_that_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
