@@ -824,6 +824,10 @@ def test_row24_wrong_ranks_and_sizes_are_named(case):
             lambda x: ops.dropout_add_layer_norm(x, x, x[0], x[0], dropout_p=0.1),
             "seed is None, expected an int64 tensor",
         ),
+        (
+            lambda x: ops.dropout_add_layer_norm(x, x, x[0], x[0], dropout_p=0.1, seed=7),
+            "seed is 7, expected an int64 tensor",
+        ),
     ],
 )  # fmt: skip
 def test_row24_other_arguments(call, message):

@@ -171,8 +171,8 @@ def check_dropout(
         raise ValueError(f"{op}: dropout_p is {p}, expected a probability in [0, 1]")
     if p == 0.0:
         return
-    if seed is None:
-        raise ValueError(f"{op}: seed is None, expected an int64 tensor of 2 elements at p > 0")
+    if not isinstance(seed, Tensor):
+        raise ValueError(f"{op}: seed is {seed}, expected an int64 tensor of 2 elements at p > 0")
     check_tensor(op, "seed", seed, (torch.int64,), (2,), like)
     if row_offset < 0:
         raise ValueError(f"{op}: row_offset is negative, expected at least 0")
