@@ -32,8 +32,10 @@ def gelu_ffn_fwd(
     N, (F, C_out) = len(x), w_proj.shape
     if _needs_padding(w_fc, w_proj):
         weights = map(padded, (w_fc, b_fc, w_proj, b_proj))
-        y, *saved = gelu_ffn_fwd(padded(x)[:N], *weights, save)
-        return _first(y, N, C_out).view(*shape, C_out), *(_first(t, N, F) for t in saved)
+        wide, *saved = gelu_ffn_fwd(padded(x)[:N], *weights, save)
+        y = x.new_empty(*shape, C_out)  # autograd lets no view be changed in place
+        y.view(N, C_out).copy_(wide[:, :C_out])
+        return y, *(_first(t, N, F) for t in saved)
 
     x = aligned(x)
     hidden = x.new_empty(N, F)
