@@ -155,10 +155,15 @@ class DropoutStream(nn.Module):
         self.step.zero_()
 
     def _apply(self, *args, **kwargs):
-        was_meta = self.key.is_meta
+        before = list(self.buffers())
         super()._apply(*args, **kwargs)
-        if was_meta and not self.key.is_meta:  # after `to_empty`; no checkpoint has the buffers
+        # `to_empty` leaves them undefined, and no checkpoint has them.
+        if before[0].is_meta and not self.key.is_meta:
             self.reset_parameters()
+        elif not self.key.is_meta:
+            for buffer, value in zip(self.buffers(), before, strict=True):
+                if buffer is not value:
+                    buffer.copy_(value)
         return self
 
     def set_key(self, key: int) -> None:

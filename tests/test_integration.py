@@ -103,6 +103,14 @@ def test_a_model_from_the_meta_device_has_its_own_dropout(assign):
     assert empty.train()(ids, labels=ids).loss == model.train()(ids, labels=ids).loss
 
 
+def test_emptying_the_weights_leaves_the_dropout_as_it_was():
+    """`init_empty_weights` of accelerate puts the weights alone on the meta device."""
+    stream = GPT1LMHeadModel(with_dropout()).to(DEVICE).dropout_stream
+    expected = stream.seeds(stream.step)
+    stream.to_empty(device=DEVICE)
+    assert torch.equal(stream.seeds(stream.step), expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_model_draws_other_bits_only_after_an_error(use_reentrant):
     model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(1, T)
