@@ -109,21 +109,20 @@ def ninja_file(name: str) -> str:
     on_host = name == "_cuda_host"
     cxx = os.environ.get("CXX")
     python = [pybind11.get_include(), *map(sysconfig.get_path, ("include", "platinclude"))]
-    variables = {
-        "cxx": cxx or "g++",
-        "cxx_flags": CXX_FLAGS,
-        "python_flags": shlex.join(
-            [f"-DGPT1_KERNELS_MODULE={name}", *(f"-isystem{p}" for p in dict.fromkeys(python))]
-        ),
-    }
+    python_flags = [
+        f"-DGPT1_KERNELS_MODULE={name}", *(f"-isystem{p}" for p in dict.fromkeys(python))
+    ]  # fmt: skip
+    variables = {"cxx": cxx or "g++", "cxx_flags": CXX_FLAGS}
     if not on_host:
         capabilities = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+        python_flags.append(f'-DGPT1_KERNELS_CAPABILITIES="{capabilities}"')
         host_compiler = [] if cxx is None else [f"-ccbin={cxx}"]
         variables |= {
             "nvcc": shlex.join([find_nvcc(), *host_compiler]),
             "nvcc_flags": NVCC_FLAGS,
             "architectures": architecture_flags(capabilities),
         }
+    variables["python_flags"] = shlex.join(python_flags)
     lines = [f"{key} = {value.replace('$', '$$')}" for key, value in variables.items()]
     lines.append(RULES)
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from csrc.build import ARCHITECTURES, architecture_flags
 from gpt1_kernels import ops, use_backend
 from gpt1_kernels.backends import cuda
 from gpt1_kernels.backends.cuda import extension
@@ -35,7 +36,9 @@ for function, args in pickle.load(sys.stdin.buffer):
 """
 
 
-NO_LAUNCHERS = {"kernels", "layer_norm_bwd_blocks", "prepare", "split_of_matmul", "versions"}
+NO_LAUNCHERS = {
+    "capabilities", "kernels", "layer_norm_bwd_blocks", "prepare", "split_of_matmul", "versions",
+}  # fmt: skip
 
 
 def built(backend):
@@ -119,8 +122,12 @@ def test_the_host_module_says_that_it_is_for_tests():
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine on which the backend `cuda` is available."""
-    state = SimpleNamespace(driver=13020, runtime=13000, available=True, capability=(8, 0))
-    compiled = SimpleNamespace(versions=lambda: (state.driver, state.runtime))
+    state = SimpleNamespace(
+        driver=13020, runtime=13000, available=True, capability=(8, 0), compiled=ARCHITECTURES
+    )
+    compiled = SimpleNamespace(
+        versions=lambda: (state.driver, state.runtime), capabilities=lambda: state.compiled
+    )
     monkeypatch.setattr(extension, "absence", lambda backend: None)
     monkeypatch.setattr(extension, "module", lambda backend: compiled)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: state.available)
@@ -158,6 +165,35 @@ def test_each_backend_takes_the_tensors_of_one_device(backend, device, reason, g
 def test_row26_what_keeps_a_gpu_from_running_is_named(difference, reason, gpu):
     vars(gpu).update(difference)
     assert cuda.unavailable_reason("cuda", "cuda") == reason
+
+
+@pytest.mark.parametrize(
+    ("compiled", "runs", "does_not"),
+    [
+        (ARCHITECTURES, [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)], []),
+        ("8.6 9.0", [(8, 6), (8, 9), (9, 0)], [(8, 0), (10, 0)]),
+        ("7.5+PTX;9.0a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("8.0+PTX", [(8, 0), (9, 0), (12, 0)], []),
+        ("10.0f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
+)
+def test_row26_a_gpu_that_nothing_was_compiled_for_is_named(compiled, runs, does_not, gpu):
+    """Of all backends this one was chosen, and the first launch failed."""
+    for capability in runs + does_not:
+        vars(gpu).update(compiled=compiled, capability=capability)
+        reason = cuda.unavailable_reason("cuda", "cuda")
+        assert (reason is None) == (capability in runs), (capability, reason)
+    if does_not:
+        major, minor = does_not[-1]
+        assert reason == (
+            f"GPU 0 has compute capability {major}.{minor}, and the kernels were compiled for "
+            f"TORCH_CUDA_ARCH_LIST={compiled!r}"
+        )
+
+
+def test_the_module_says_what_it_was_compiled_for():
+    built("cuda")
+    assert architecture_flags(extension.module("cuda").capabilities())
 
 
 @pytest.mark.parametrize(

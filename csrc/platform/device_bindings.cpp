@@ -24,6 +24,8 @@ pybind11::list kernels() {
 
 void bind_platform(pybind11::module_& module) {
     module.doc() = "The CUDA kernels of gpt1_kernels.";
+    module.def("capabilities", [] { return GPT1_KERNELS_CAPABILITIES; },
+               "What nvcc compiled for, as in TORCH_CUDA_ARCH_LIST.");
     module.def("kernels", &kernels, "What each kernel was compiled for; needs no GPU.");
 }
 

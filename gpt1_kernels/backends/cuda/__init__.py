@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from gpt1_kernels.backends import old_gpu_reason
+from gpt1_kernels.backends import MINIMUM_CAPABILITY, old_gpu_reason
 from gpt1_kernels.backends.cuda import extension
 
 DEVICES = {"cuda": "cuda", "cuda_host": "cpu"}
@@ -28,13 +28,37 @@ def _gpu_reason() -> str | None:
     """Why the GPUs of this machine cannot run the compiled kernels, or None if they can."""
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
-    driver, runtime = extension.module("cuda").versions()
+    compiled = extension.module("cuda")
+    driver, runtime = compiled.versions()
     if driver // 1000 < runtime // 1000:
         return (
             f"the NVIDIA driver is for CUDA {_release(driver)}, older than the CUDA "
             f"{_release(runtime)} that the kernels were compiled with"
         )
-    return old_gpu_reason()
+    return old_gpu_reason() or _other_gpu_reason(compiled.capabilities())
+
+
+def _other_gpu_reason(capabilities: str) -> str | None:
+    """Which GPU of this machine the kernels were not compiled for, or None."""
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_capability(index)
+        if not any(_runs_on(gpu, compiled) for compiled in capabilities.replace(";", " ").split()):
+            return (
+                f"GPU {index} has compute capability {gpu[0]}.{gpu[1]}, and the kernels were "
+                f"compiled for TORCH_CUDA_ARCH_LIST={capabilities!r}"
+            )
+    return None
+
+
+def _runs_on(gpu: tuple[int, int], compiled: str) -> bool:
+    """Whether a GPU runs what was compiled for a capability such as "9.0a" or "10.0+PTX"."""
+    number, _, ptx = compiled.partition("+")
+    own = tuple(map(int, number.rstrip("af").split(".")))
+    if own < MINIMUM_CAPABILITY:  # left out by the build
+        return False
+    if number.endswith("a"):
+        return own == gpu
+    return own <= gpu and (own[0] == gpu[0] or (ptx != "" and not number.endswith("f")))
 
 
 def _release(version: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -226,7 +226,7 @@ def product_tiles(
     return HALF_TILES if long_epilogue else LARGE_TILES
 
 
-@cache
+@lru_cache(maxsize=1024)  # inputs may have ever new lengths
 def split_terms(tiles: int, K: int, config: ProductTiles, device: torch.device) -> int:
     """Split-K: how many of a sum's K terms make a chunk; all of them unless it pays to split.
 
