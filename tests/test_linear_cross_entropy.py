@@ -15,6 +15,7 @@ from gpt1_kernels.backends.cuda import extension
 from gpt1_kernels.backends.cuda import linear_cross_entropy as cuda
 from gpt1_kernels.backends.cuda import matmul as cuda_matmul
 from gpt1_kernels.backends.portable import linear_cross_entropy as portable
+from gpt1_kernels.ops.linear_cross_entropy import REDUCTIONS
 from tests.cases import (
     DEVICE,
     DTYPES,
@@ -156,6 +157,17 @@ def test_fp16_gradients_do_not_depend_on_the_unit_of_the_weights(backend, reduct
     case.fused.keywords["token_weight"].mul_(unit)
     scale = 2.0**10 if reduction == "mean" else 2.0**10 / unit
     check_parity(case, backend, torch.float16, dout=torch.full((), scale, device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", [b for b in backends_of(OP) if b != "portable"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_under_autocast_the_gradient_of_an_fp32_table_is_rounded_once(backend, reduction):
+    """For "none" it was rounded on the way, as portable's are by PyTorch's products."""
+    case = linear_cross_entropy("autocast", 21, 32, 100, reduction)
+    with use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
+        dw = results(case.fused, case.inputs)["w"]
+    assert dw.dtype == torch.float32
+    assert not torch.equal(dw, dw.to(torch.bfloat16).float())
 
 
 @on_every_backend

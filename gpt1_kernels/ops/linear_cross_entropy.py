@@ -41,7 +41,8 @@ def _fake_fwd(h, w, targets, token_weight, ignore_index, gradients, backend):
 
 
 def _fake_bwd(dloss, h, w, targets, token_weight, ignore_index, needs, backend):
-    return h.new_empty(h.shape if needs[0] else [0]), w.new_empty(w.shape if needs[1] else [0])
+    dw = w.new_empty(w.shape if needs[1] else [0], dtype=torch.float32)
+    return h.new_empty(h.shape if needs[0] else [0]), dw
 
 
 def _fake_scale(dh, dw, scale, dtype, backend):
@@ -68,10 +69,10 @@ _scale_gradients = define(
 )
 
 
+# Both cast w themselves, where autograd records no cast: the fp32 sum of dw is rounded once.
 class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, token_weight, ignore_index, mean, backend):
-        # Cast here, where autograd records no cast, so that the fp32 sum of dw is rounded once.
         product_w = matrix(w.to(h.dtype))
         unit = None
         if h.dtype == torch.float16 and token_weight is not None and targets.numel() > 0:
@@ -109,19 +110,19 @@ class _ReducedLoss(torch.autograd.Function):
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, token_weight, ignore_index, backend):
-        rows = _rows(h)
-        losses, *_ = _fwd(rows, w, targets, token_weight, ignore_index, [False] * 2, backend)
-        ctx.save_for_backward(rows, w, targets, token_weight)
-        ctx.config = h.shape, ignore_index, backend
+        saved = _rows(h), matrix(w.to(h.dtype)), targets, token_weight
+        losses, *_ = _fwd(*saved, ignore_index, [False] * 2, backend)
+        ctx.save_for_backward(*saved)
+        ctx.config = h.shape, w.dtype, ignore_index, backend
         return losses
 
     @staticmethod
     def backward(ctx, dloss):
         refuse_double_backward("linear_cross_entropy")
-        shape, ignore_index, backend = ctx.config
+        shape, w_dtype, ignore_index, backend = ctx.config
         needs = ctx.needs_input_grad[:2]
-        grads = _bwd(dloss.contiguous(), *ctx.saved_tensors, ignore_index, needs, backend)
-        dh, dw = where_needed(grads, needs)
+        dh, dw = _bwd(dloss.contiguous(), *ctx.saved_tensors, ignore_index, needs, backend)
+        dh, dw = where_needed((dh, dw.to(w_dtype)), needs)
         return None if dh is None else dh.view(shape), dw, *[None] * 4
 
 
@@ -174,6 +175,5 @@ def linear_cross_entropy(
     backend = resolve(op, h)
     arguments = targets.reshape(-1), token_weight, ignore_index
     if reduction == "none":
-        product_w = matrix(w.to(h.dtype))
-        return _TokenLosses.apply(h, product_w, *arguments, backend).view(targets.shape)
+        return _TokenLosses.apply(h, w, *arguments, backend).view(targets.shape)
     return apply(_ReducedLoss, h, w, *arguments, reduction == "mean", backend)

@@ -41,7 +41,7 @@ def linear_cross_entropy_bwd(
     target, weight = _targets_and_weights(targets, valid, token_weight, ignore_index)
     weight = torch.where(weight == 0, 0, weight * dloss)
     _, dh, dw = _by_chunks(h, w, target, weight, needs)
-    return dh, dw.to(w.dtype)
+    return dh, dw
 
 
 def scale_gradients(
