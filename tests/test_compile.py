@@ -98,6 +98,22 @@ def test_row21_fullgraph(case, backend):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("backend", backends_of("linear_cross_entropy"))
+def test_row21_a_number_of_tokens_that_only_the_data_have(backend):
+    """In fp16 the size of `token_weight` was asked for, and no graph came of it."""
+    h = torch.randn(12, 16, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    targets, weights = torch.arange(12, device=DEVICE), torch.rand(12, device=DEVICE)
+
+    def loss_of(chosen):
+        return ops.linear_cross_entropy(h[chosen], h, targets[chosen], token_weight=weights[chosen])
+
+    torch._dynamo.reset()
+    with use_backend(backend), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+        for chosen in (targets > 4, targets > 99):
+            assert torch.equal(compiled(chosen), loss_of(chosen))
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -15,6 +15,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gpt1_kernels.backends import resolve
 from gpt1_kernels.numerics import ACTIVATION_DTYPES
@@ -75,10 +76,11 @@ class _ReducedLoss(torch.autograd.Function):
     def forward(ctx, h, w, targets, token_weight, ignore_index, mean, backend):
         product_w = matrix(w.to(h.dtype))
         unit = None
-        if h.dtype == torch.float16 and token_weight is not None and targets.numel() > 0:
-            # In units of the largest weight, dh fits fp16 until backward scales it.
+        if h.dtype == torch.float16 and token_weight is not None:
+            # In units of the largest weight, dh fits fp16 until backward scales it. One weight more
+            # keeps the unit from 0, and gives it a value where there is no token.
             counted = token_weight.masked_fill(targets == ignore_index, 0)
-            unit = counted.abs().amax().clamp(min=1e-30)
+            unit = pad(counted.abs(), (0, 1), value=1e-30).amax()
             token_weight = token_weight / unit
         losses, dh, dw = _fwd(
             _rows(h), product_w, targets, token_weight, ignore_index, ctx.needs_input_grad[:2],
