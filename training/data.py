@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatch
 from functools import lru_cache
 from itertools import compress
 from pathlib import Path
@@ -273,7 +273,8 @@ def reaches(path: str, files: Sequence[Path]) -> bool:
     """Whether a path or a pattern names one of these files, which need not be there yet."""
     files = [file.resolve() for file in files]
     found = [match.resolve() for match in matches(Path(path))]
-    pattern = Path(os.path.normpath(absolute(path))).parts
+    path = absolute(path)
+    pattern = Path(glob.escape(path) if os.path.exists(path) else path).resolve().parts
     return any(
         any(map(file.is_relative_to, found)) or _named(pattern, file.parts) for file in files
     )
@@ -281,11 +282,12 @@ def reaches(path: str, files: Sequence[Path]) -> bool:
 
 def _named(pattern: Sequence[str], path: Sequence[str]) -> bool:
     """Whether a pattern names a path or a folder above it, both in parts."""
-    if not pattern:
-        return True
+    if not pattern or not path:
+        return not pattern
+    shown = path[0][0] != "." or pattern[0][0] == "."  # `*` and `**` find nothing hidden
     if pattern[0] == "**":
-        return any(_named(pattern[1:], path[start:]) for start in range(len(path)))
-    return bool(path) and fnmatchcase(path[0], pattern[0]) and _named(pattern[1:], path[1:])
+        return _named(pattern[1:], path) or (shown and _named(pattern, path[1:]))
+    return shown and fnmatch(path[0], pattern[0]) and _named(pattern[1:], path[1:])
 
 
 def _searched(folder: Path) -> list[Path]:
