@@ -27,8 +27,8 @@ class MetricsLog:
 
     Args:
         folder: of the run.
-        first_step: TensorBoard forgets what an interrupted run logged from here on, but for its
-            validation here, which is not repeated.
+        first_step: TensorBoard forgets what an interrupted run logged beyond it. At it, the
+            validation stays, which is not repeated, and the update, which is, may stand twice.
     """
 
     def __init__(self, folder: Path, first_step: int = 0):
