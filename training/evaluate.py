@@ -40,7 +40,7 @@ def main(config: EvaluateConfig) -> None:
         raise ValueError(f"{config.run}: expected a run of pretrain.py")
     corpus = data.Corpus(
         options["data"], text_column=options["text_column"],
-        sentence_shuffled=options["sentence_shuffled"],
+        sentence_shuffled=options["sentence_shuffled"], run=config.run,
     )  # fmt: skip
     if corpus.train.digest != options["text"]:
         raise ValueError(

@@ -37,8 +37,9 @@ def main(config: PretrainConfig) -> None:
     model_config = lstm.shape(config.backbone, config.preset)
     length = model_config.n_positions
     corpus = data.Corpus(
-        config.data, text_column=config.text_column, sentence_shuffled=config.sentence_shuffled
-    )
+        config.data, text_column=config.text_column, sentence_shuffled=config.sentence_shuffled,
+        run=out,
+    )  # fmt: skip
     if config.tokenizer is not None:
         tokenizer = Tokenizer.open(config.tokenizer, config.style)
     elif checkpoint is not None:

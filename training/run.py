@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS, CONFIG, RESULT, LOCK = "checkpoints", "config.json", "result.json", ".lock"
 LOGS = ("metrics.jsonl", "samples.txt")
-# Of pretrain.py, one of each name that a pattern of text may match.
-WRITTEN = (*LOGS, "model/merges.txt", f"{CHECKPOINTS}/step-00000001/merges.txt", CONFIG)
 
 # What may change when a run is resumed: how it runs and is watched, not what it computes. The paths
 # of text and weights may change too, for the digests of their content are part of the identity.

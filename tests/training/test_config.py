@@ -131,37 +131,6 @@ def test_a_folder_of_text_that_would_hold_the_run_is_refused(data):
         complete(PretrainConfig(device="cpu", data=("elsewhere", data), out=Path("runs")))
 
 
-@pytest.mark.parametrize("pattern", ["*/*.txt", "**/*.jsonl", "b/**/m*.txt", "b/*", "{}/b/**"])
-def test_a_pattern_that_would_find_what_the_run_writes_is_refused(tmp_path, monkeypatch, pattern):
-    """Though it finds nothing there yet."""
-    monkeypatch.chdir(tmp_path)
-    out = Path("b/run" if "b" in pattern else "run")
-    with pytest.raises(ValueError, match=f"--out: {out}, in --data .*, which would hold"):
-        complete(PretrainConfig(device="cpu", data=(pattern.format(tmp_path),), out=out))
-
-
-def test_a_pattern_leads_through_a_link(tmp_path):
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "texts", target_is_directory=True)
-    pattern, out = f"{tmp_path}/link/*/*.txt", tmp_path / "texts" / "run"
-    with pytest.raises(ValueError, match="which would hold"):
-        complete(PretrainConfig(device="cpu", data=(pattern,), out=out))
-
-
-@pytest.mark.parametrize("pattern", ["*.txt", "*/text/*.txt", "run?/**", "**/text/**", "hf:*"])
-def test_a_pattern_that_finds_nothing_of_the_run_is_not_refused(tmp_path, monkeypatch, pattern):
-    monkeypatch.chdir(tmp_path)
-    assert complete(PretrainConfig(device="cpu", data=(pattern,), out=Path("run")))
-
-
-@pytest.mark.parametrize("path", ["*/*.txt", "**/*.txt", "[.]run", ".ru[n]"])
-def test_neither_hidden_folders_nor_a_name_with_brackets_are_found(tmp_path, monkeypatch, path):
-    """As `glob` has it: only a dot finds what is hidden, and a name that is there is no pattern."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / ".ru[n]").mkdir()
-    assert complete(PretrainConfig(device="cpu", data=(path,), out=Path(".run")))
-
-
 def test_a_gpu_that_is_not_there_is_refused():
     count = torch.cuda.device_count()
     with pytest.raises(ValueError) as raised:

@@ -17,9 +17,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from tests.training.conftest import EVERY, STEPS
-from training import checkpoint, metrics, static_step
+from training import checkpoint, evaluate, metrics, static_step
 from training import run as run_folder
 from training.config import PretrainConfig
+from training.evaluate import EvaluateConfig
 from training.finetune_config import FinetuneConfig
 from training.run import LOCK, StopSignal, cut_logs, identity, next_folder, require_same, write_json
 from training.tokenizer import Tokenizer
@@ -242,6 +243,16 @@ def test_a_changed_text_is_refused(run, whole, corpus, tmp_path):
         file.write("abc")
     with pytest.raises(ValueError, match="another configuration: text"):
         run(whole, data=(str(tmp_path / "text"),))
+
+
+def test_what_a_run_writes_is_no_text_though_a_pattern_finds_it(run, corpus, tmp_path, capsys):
+    """The text had changed when the run was resumed or evaluated."""
+    shutil.copytree(corpus, tmp_path / "text")
+    settings = {"data": (f"{tmp_path}/**/*.txt",), "steps": 1}
+    run(tmp_path / "run", **settings)
+    run(tmp_path / "run", **settings)
+    assert "finished already" in capsys.readouterr().out
+    evaluate.main(EvaluateConfig(tmp_path / "run", device="cpu"))
 
 
 def test_never_asks_for_a_new_folder_and_a_path_is_taken(run, whole, tmp_path, capsys):
