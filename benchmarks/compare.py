@@ -134,10 +134,12 @@ def call(
 ) -> Callable[[], object]:
     """A function of no arguments that goes in one direction."""
     leaves = [t for t in tensors.values() if t.requires_grad]
+    # Of a loss that saves nothing: Liger asks the tensors, whatever the mode, who wants a gradient.
+    evaluated = tensors if case.forward_saves else {n: t.detach() for n, t in tensors.items()}
 
     def forward():
         with torch.set_grad_enabled(case.forward_saves):
-            return run(case, **tensors)
+            return run(case, **evaluated)
 
     def both():
         return torch.autograd.grad(run(case, **tensors), leaves, dout)

@@ -24,7 +24,7 @@ from benchmarks.cases import (
     LinearCrossEntropy,
 )
 from benchmarks.ceilings import Ceilings
-from benchmarks.compare import Result, compare
+from benchmarks.compare import Result, call, compare
 from benchmarks.compare_models import ModelResult, Size
 from benchmarks.host_overhead import unchecked_ids
 from benchmarks.peers import PEERS, Implementation, implementations, sdpa
@@ -247,6 +247,21 @@ def test_what_is_wrong_is_not_timed():
     assert comparison.failures.keys() == {"no gradient of b"}
     assert {r.implementation for r in comparison.results} == {"right"}
     assert set(calls.values()) == {1}
+
+
+def test_an_evaluation_has_no_tensor_that_wants_a_gradient():
+    """Liger's loss computes the gradients in forward wherever its input requires one."""
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h, w, targets):
+            asked.append(h.requires_grad or w.requires_grad)
+            return h.sum()
+
+    asked, case = [], LinearCrossEntropy(N=3, C=8, V=5)
+    tensors = cases.draw(case, "cpu", torch.float32)
+    call(case, lambda case, h, w, targets: Loss.apply(h, w, targets), tensors, None, "forward")()
+    assert asked == [False]
 
 
 def test_models_are_compiled_as_if_no_op_had_been_compared():
