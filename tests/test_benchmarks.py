@@ -439,6 +439,23 @@ def test_the_products_have_their_memory_before_a_side_takes_the_rest(monkeypatch
     assert order == ["bare_products", "make_calls"]
 
 
+def test_the_products_have_aligned_rows():
+    """As those of the loss alone: GPT-1's vocabulary is no multiple of 8."""
+    widths = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function._schema.name in ("aten::mm", "aten::bmm"):
+                widths.update(max(t.stride()[-2:]) for t in (*args, out))
+            return out
+
+    products = train_step.bare_products(LITTLE.config(0.0), "bf16", LITTLE.draw("cpu"))
+    with Products():
+        products()
+    assert all(width % 8 == 0 for width in widths), widths
+
+
 @pytest.mark.parametrize("library", ["gpt1_kernels", "plain PyTorch", "transformers"])
 def test_weights_are_drawn_where_they_stay(library):
     """A CPU takes seconds for those of GPT-1, and a comparison builds a dozen models."""
