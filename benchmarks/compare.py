@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +64,7 @@ def compare(
         try:
             check(implementation)
         except Exception as problem:  # a peer may raise anything; the others are timed all the same
-            (failures if implementation.ours else problems)[name] = problem
+            (failures if implementation.ours else problems)[name] = without_frames(problem)
         else:
             right[name] = implementation
 
@@ -85,6 +86,13 @@ def compare(
             for name, function in functions.items()
         ]  # fmt: skip
     return Comparison(found, problems, failures)
+
+
+def without_frames(problem: Exception) -> Exception:
+    """The exception with its traceback as a note, for its frames would keep their tensors."""
+    problem.add_note("".join(traceback.format_exception(problem)))
+    problem.__cause__ = problem.__context__ = None
+    return problem.with_traceback(None)
 
 
 class Check:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.compare import without_frames
 from benchmarks.roofline import model_flops
 from benchmarks.timing import Timing, peak_memory, samples
 from benchmarks.train_step import (
@@ -102,7 +103,7 @@ def compare_models(
             check(side, plain, dtype, input_ids[:2], expected)
             calls[name], tokens[name] = _fitting_calls(side, full, dtype, input_ids, passes[-1])
         except Exception as problem:  # a peer may raise anything; the others are timed all the same
-            problems[name] = problem
+            problems[name] = without_frames(problem)
     results, captured = {}, {name for name, side in sides.items() if side.captured}
 
     def flops(name: str, each: str) -> int:

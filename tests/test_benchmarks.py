@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -420,6 +421,35 @@ def test_a_side_has_to_fit_beside_what_its_first_update_makes(monkeypatch):
     _, tokens = compare_models._fitting_calls(Side("transformers"), None, "fp32", ids, "step")
     assert tokens == 16
     assert calls == [4, 4, 2, 2]
+
+
+def test_who_fails_leaves_no_tensors(monkeypatch):
+    """The next side, and whoever keeps the comparison, has their memory again."""
+    held, alive = [], []
+
+    def making(side, config, dtype, input_ids):
+        alive.append(any(each() is not None for each in held))
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
+        try:
+            raise KeyError("within")
+        except KeyError as problem:
+            raise ValueError("as asked") from problem
+
+    def run(case, **tensors):
+        held.append(weakref.ref(tensors["x"]))
+        raise ValueError("as asked")
+
+    monkeypatch.setattr(compare_models, "make_calls", making)
+    sides = {"one": Side("plain PyTorch"), "two": Side("plain PyTorch")}
+    found = compare_models.compare_models(LITTLE, "fp32", 0.0, "cpu", ("step",), 1, sides)
+    peer = Implementation("peer", run)
+    compared = compare(LayerNorm(N=2, C=8), [peer], "cpu", torch.float32, rounds=1)
+    assert alive == [False, False]
+    assert [each() for each in held] == [None] * 3
+    for problem in (*found.problems.values(), *compared.problems.values()):
+        assert str(problem) == "as asked"
+        assert "in making" in problem.__notes__[0] or "in run" in problem.__notes__[0]
 
 
 def test_the_products_have_their_memory_before_a_side_takes_the_rest(monkeypatch):
