@@ -19,6 +19,7 @@ from benchmarks.apart import Outcome, run_apart
 from benchmarks.report_page import markdown, write_page
 from benchmarks.report_parts import PARTS, ROOT, TINY
 from benchmarks.targets import TARGETS, Measured
+from benchmarks.train_step import Side
 from gpt1_kernels.backends.cuda import extension
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of SDPA, saying why it raises
@@ -347,6 +348,15 @@ def test_kernels_of_older_sources_are_not_measured_unsaid(monkeypatch, changed, 
     report_parts.build(report_parts.GPU, emitted.append)
     assert emitted == [found]
     assert bool(commands) is (found == {"built": "for 9.0"})
+
+
+def test_an_update_on_a_backend_that_is_not_here_is_left_out():
+    """As its ops are: where nvcc is not found, nothing of ours is wrong."""
+    sides = {**TINY.sides, "gpt1_kernels, cuda": Side("gpt1_kernels", backend="cuda")}
+    found = []
+    report_parts.measure_steps(replace(TINY, sides=sides), found.append)
+    assert found[-1]["left_out"].keys() == {"gpt1_kernels, cuda"}
+    assert found[-1]["wrong"] == []
 
 
 def _is_running(pid: int) -> bool:
