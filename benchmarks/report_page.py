@@ -158,7 +158,8 @@ def _breakdown(record: dict) -> str:
     lines.append(("all", f"{calls:g}", number(1e6 * total), ""))
     wall = next(r for r in rows if "wall_seconds" in r)
     text = (
-        f"By the clock on the wall an update takes {number(1e3 * wall['wall_seconds'])} ms, "
+        f"By the clock on the wall an update by {wall['implementation']} takes "
+        f"{number(1e3 * wall['wall_seconds'])} ms, "
         f"{number(wall['tokens'] / wall['wall_seconds'])} tokens/s."
     )
     table = markdown(("", "calls", "µs", "of all"), lines)

@@ -274,7 +274,7 @@ def profile(plan: Plan, emit: Emit) -> None:
 
     Updates follow one another here, and the clock on the wall has the host's share too.
     """
-    side, input_ids = next(iter(plan.sides.values())), plan.size.draw(plan.device)
+    (name, side), input_ids = next(iter(plan.sides.items())), plan.size.draw(plan.device)
     update = make_calls(side, plan.size.config(0.1), plan.dtype, input_ids)["step"]
     on_gpu = plan.device == "cuda"
 
@@ -285,7 +285,7 @@ def profile(plan: Plan, emit: Emit) -> None:
             torch.cuda.synchronize()
 
     wall = measure({"updates": updates}, "cpu", plan.step_rounds)["updates"].median / UPDATES
-    emit({"wall_seconds": wall, "tokens": input_ids.numel()})
+    emit({"implementation": name, "wall_seconds": wall, "tokens": input_ids.numel()})
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profiled:
         updates()

@@ -74,6 +74,7 @@ def test_the_page_says_that_it_is_of_a_cpu_and_has_the_tables(whole):
     for case in TINY.cases:
         assert f"\n{case}, forward\n" in page
     assert "| gpt1_kernels, portable |" in page
+    assert "an update by gpt1_kernels, portable takes" in page
     assert "| attention | triton, cuda" in page
     for picture in ("roofline.png", "peers.png"):
         assert f"]({picture})" in page
