@@ -156,7 +156,9 @@ def machine(plan: Plan, emit: Emit) -> None:
             "processors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": _output(
+                "nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"
+            ),
             "nvcc": (_output(find_nvcc(), "--version") or "").rpartition("\n")[2] or None,
         }
     emit(facts)
