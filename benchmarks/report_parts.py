@@ -173,7 +173,9 @@ def parity(plan: Plan, emit: Emit) -> None:
         for pattern in plan.parity:
             output = files.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             arguments = ["tests/test_parity.py", "-k", pattern]
-            process = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=output)
+            process = subprocess.Popen(
+                [*command, *arguments], cwd=ROOT, stdout=output, preexec_fn=end_with_parent
+            )
             running.append((pattern, process, output))
         for pattern, process, output in running:
             try:

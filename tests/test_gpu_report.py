@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,6 +316,20 @@ def test_no_part_outlives_the_report(how):
     while _is_running(child) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not _is_running(child)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends it")
+def test_no_parity_test_outlives_its_part():
+    """Which is killed when the report ends."""
+    code = "from benchmarks.report_parts import *; parity(TINY, print)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as part:
+        children = Path(f"/proc/{part.pid}/task/{part.pid}/children")
+        while not (running := children.read_text().split()):
+            time.sleep(0.01)
+        time.sleep(0.5)  # until it is pytest
+        part.kill()
+    time.sleep(0.5)
+    assert not any(_is_running(int(child)) for child in running)
 
 
 def test_tests_that_are_not_there_are_left_out():
