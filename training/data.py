@@ -392,7 +392,7 @@ def _parquet_rows(file: Path, column: str) -> Iterator[tuple[str, object]]:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ImportError(f"{file}: needs pyarrow, `pip install gpt1-kernels[parquet]`") from None
+        raise ImportError(f"{file}: needs pyarrow, `pip install pyarrow`") from None
     try:
         table = ParquetFile(file)
     except ArrowInvalid as error:

@@ -6,7 +6,7 @@ Two styles turn text into words; the BPE behind them is the same. Both fix the t
   punctuation rules; white space, newlines included, leaves no token.
 - `openai`: the ids of the code released with the paper (`text_utils.py` of
   openai/finetune-transformer-lm): its clean-up, spaCy's English tokenizer, lower case; a run of
-  white space with a newline in it becomes the token of `\\n`. Needs `gpt1-kernels[spacy]`, whose
+  white space with a newline in it becomes the token of `\\n`. Needs spaCy, whose
   rules are those of the version installed, not those of 2018. spaCy is given what stands between
   two spaces at a time: over a whole text, spaCy 3 lets a special case that it finds across a space
   (`' '` for `''`) hide one beside it, which changed 1 word in 100 novels.
@@ -261,7 +261,7 @@ def _words(style: Style) -> Callable[[Sequence[str]], list[list[str]]]:
         import spacy
     except ImportError:
         raise ImportError(
-            "style openai needs spaCy, `pip install gpt1-kernels[spacy]`; style hf does not"
+            "style openai needs spaCy, `pip install spacy`; style hf does not"
         ) from None
     language = spacy.blank("en")
 
