@@ -119,11 +119,17 @@ def run(name: str, device: str, seconds: float) -> Outcome:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = [name for name in PARTS if name != "machine"]
-    parser.add_argument("--only", nargs="+", choices=parts, metavar="PART", help=", ".join(parts))
-    parser.add_argument("--out", type=Path, help="the folder, new or with an earlier record")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
-    parser.add_argument("--device", choices=PLANS, default="cuda")
-    parser.add_argument("--commit", default=_commit(), help="where this is no clone of git")
+    parser.add_argument("--only", nargs="+", choices=parts, metavar="PART",
+                        help=f"these parts alone, of {', '.join(parts)}")  # fmt: skip
+    parser.add_argument("--out", type=Path,
+                        help="folder, new or with an earlier record; by default "
+                        "benchmarks/records/<date>_<gpu>")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=MINUTES,
+                        help=f"limit of all parts together; by default {MINUTES}")  # fmt: skip
+    parser.add_argument("--device", choices=PLANS, default="cuda",
+                        help="by default cuda; on cpu no time means anything")  # fmt: skip
+    parser.add_argument("--commit", default=_commit(),
+                        help="what is measured, where this is no clone of git")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.device == "cpu" and options.out is None:
         parser.error("--device cpu: expected --out FOLDER, since this is no record of a GPU")

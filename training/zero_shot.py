@@ -56,7 +56,7 @@ class ZeroShotConfig:
     examples: int = 1000
     """At most so many of each task, always the same."""
     dprd_best: float = 1.0
-    """Accuracy on DPRD that stands for 1. The paper does not print the one that it uses."""
+    """Accuracy on DPRD that the plot shows as 1. The paper does not print the one that it uses."""
     out: Path | None = None
     """Where zero_shot.json and zero_shot.png go. Default: the run's folder."""
     batch_size: int = 32
