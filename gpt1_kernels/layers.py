@@ -45,6 +45,9 @@ class CausalSelfAttention(nn.Module):
         dropout_p: on the attention probabilities, in training.
         c_attn, c_proj: the projections C → 3C (queries, keys, values) and C → C; by default
             `Conv1D`, but any module will do, such as an `nn.Linear`.
+
+    Raises:
+        ValueError: n_embd is no multiple of n_head.
     """
 
     def __init__(
@@ -111,10 +114,10 @@ class GeluFFN(nn.Module):
     Args:
         n_embd: C.
         n_hidden: F, by default 4C.
-        c_fc, c_proj: the two projections; by default `Conv1D`, or an `nn.Linear` each, whose
-            weight is read in place. Any other module, and one with hooks, a weight that is no plain
-            tensor or without c_fc's bias, is called instead, with PyTorch's GELU between the two,
-            which is logged once.
+        c_fc, c_proj: the two projections, by default `Conv1D`; the weight of an `nn.Linear` is
+            read in place. If either is another module, has hooks or a weight that is no plain
+            tensor, or if c_fc has no bias, both are called instead, with PyTorch's GELU between
+            them, which is logged once.
     """
 
     def __init__(
@@ -184,7 +187,10 @@ class DropoutAddLayerNorm(nn.LayerNorm):
         x_bias: Tensor | None = None,
         fork: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(..., C) twice → (..., C); the arguments are those of `ops.dropout_add_layer_norm`."""
+        """x and residual (..., C) → (..., C), twice if forked.
+
+        The arguments are those of `ops.dropout_add_layer_norm`.
+        """
         p = self.dropout_p if self.training else 0.0
         return ops.dropout_add_layer_norm(
             x, residual, self.weight, self.bias, self.eps, p, _seed(seed, p, x),

@@ -111,8 +111,9 @@ def embedding(
 
     Raises:
         IndexError: on a CPU, an id out of range.
-        TypeError: an unsupported dtype.
-        ValueError: shapes that do not fit, T > P, tensors on two devices.
+        TypeError: an unsupported or mixed dtype.
+        ValueError: shapes that do not fit, T > P, tensors on two devices, dropout arguments out of
+            range.
     """
     op = "embedding"
     check_tensor(op, "w_token", w_token, ACTIVATION_DTYPES, ("V", "C"))
