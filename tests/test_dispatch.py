@@ -171,14 +171,17 @@ def test_row26_without_triton_it_imports_and_falls_back():
     assert out.startswith("torch.Size([2, 8])\nTriton cannot be imported"), stderr
 
 
-def test_row26_an_old_gpu_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, "PyTorch finds no GPU"), (1, "GPU 0 has compute capability 7.5, below 8.0")],
+)
+def test_row26_no_gpu_and_an_old_one_are_named(count, expected, monkeypatch):
     from gpt1_kernels.backends import triton as package
 
     monkeypatch.setattr(package, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    reason = package.unavailable_reason("triton", "cuda")
-    assert reason == "GPU 0 has compute capability 7.5, below 8.0"
+    assert package.unavailable_reason("triton", "cuda") == expected
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
+
 from gpt1_kernels.backends import old_gpu_reason
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -29,4 +31,4 @@ def unavailable_reason(backend: str, device_type: str) -> str | None:
             f"Triton does not run on {device_type} tensors; for CPU tensors, its interpreter does: "
             "set TRITON_INTERPRET=1 before Python starts"
         )
-    return old_gpu_reason()
+    return old_gpu_reason() if torch.cuda.device_count() > 0 else "PyTorch finds no GPU"
