@@ -18,6 +18,18 @@ from gpt1_kernels.rng import keep_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+bf16_at_least = pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *(
+            pytest.param(dtype, marks=[pytest.mark.slow] if DEVICE == "cpu" else [])
+            for dtype in (torch.float16, torch.float32)
+        ),
+    ],
+    ids=str,
+)
+"""For sizes that take simulated kernels seconds: there the other dtypes are slow tests."""
 SEED = torch.tensor([12345678901234, (3 << 32) + 7], device=DEVICE)
 UNORDERED = BACKENDS if DEVICE == "cuda" else ("portable",)
 """The backends that may do things in another order the next time; simulated kernels do not."""

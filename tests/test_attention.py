@@ -15,6 +15,7 @@ from tests.cases import (
     P,
     assert_same,
     backends_of,
+    bf16_at_least,
     cast,
     causal_attention,
     causal_attention_qkvpacked,
@@ -55,21 +56,13 @@ LONG = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@on_backends(SHORT + LONG)
+@on_backends(SHORT)
 def test_parity(case, backend, dtype):
     check_parity(case, backend, dtype)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [  # exact products have small tiles, of which the interpreter is slow to do this many
-        pytest.param(torch.float32, marks=[pytest.mark.slow] if DEVICE == "cpu" else []),
-        torch.bfloat16,
-        torch.float16,
-    ],
-    ids=str,
-)
-@on_backends([causal_attention("many-whole-tiles", 1, 1024, 1024, 1, 16, P)])
+@bf16_at_least
+@on_backends([*LONG, causal_attention("many-whole-tiles", 1, 1024, 1024, 1, 16, P)])
 def test_parity_of_many_tiles(case, backend, dtype):
     check_parity(case, backend, dtype)
 

@@ -22,6 +22,7 @@ from tests.cases import (
     UNORDERED,
     assert_same,
     backends_of,
+    bf16_at_least,
     cast,
     check_ids_as_on_a_gpu,
     check_parity,
@@ -96,17 +97,7 @@ def test_row08_weights_of_ignored_targets_are_not_read(backend, reduction):
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.bfloat16,
-        *(
-            pytest.param(d, marks=[pytest.mark.slow] * (DEVICE == "cpu"))
-            for d in (torch.float16, torch.float32)
-        ),
-    ],
-    ids=str,
-)
+@bf16_at_least
 @on_backends([linear_cross_entropy("gpt1-vocabulary", 3, 8, GPT1_VOCABULARY)])
 def test_a_large_vocabulary(case, backend, dtype, long_steps):
     check_parity(case, backend, dtype)

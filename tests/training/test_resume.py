@@ -136,11 +136,11 @@ def test_a_second_signal_is_not_caught():
 
 
 @pytest.mark.parametrize(
-    "kills", [2, pytest.param(20, marks=pytest.mark.slow)], ids=["few-kills", "many-kills"]
+    "kills", [1, pytest.param(20, marks=pytest.mark.slow)], ids=["one-kill", "many-kills"]
 )
 def test_row29_killed_at_random_moments(corpus, tmp_path, kills):
     """kill -9, some time after the run has come further than its last start."""
-    rng, steps = random.Random(kills), 20 * kills
+    rng, steps = random.Random(kills), 20 * (kills + 1)
     command = [
         sys.executable, str(REPOSITORY / "training" / "pretrain.py"), "--preset", "mini", "--data",
         str(corpus), "--steps", str(steps), "--batch-size", "2", "--vocab-size", "200",
