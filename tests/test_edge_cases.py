@@ -488,6 +488,18 @@ def test_row13_a_frozen_input_changes_no_other_gradient(case, backend):
                 assert_same({**expected, **actual}, expected)
 
 
+@on_backends([gelu_ffn("small", 21, 32, 128), gelu_ffn("padded", 21, 30, 125)])
+def test_row13_of_a_frozen_weight_nobody_keeps_the_input(case, backend):
+    """Fine-tuning with the FFN frozen kept an activation a layer that no backward read."""
+    inputs, kept = inputs_for(backend, case), []
+    leaves = {k: x.requires_grad_(k != "w_fc") for k, x in inputs.items()}
+    hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda saved: saved)
+    with use_backend(backend), hooks:
+        case.fused(**leaves)
+    assert leaves["w_proj"].data_ptr() in [x.data_ptr() for x in kept]
+    assert leaves["x"].data_ptr() not in [x.data_ptr() for x in kept]
+
+
 @on_backends(SMALL)
 def test_row14_two_backwards_leave_the_inputs_unchanged(case, backend):
     inputs = inputs_for(backend, case)

@@ -38,7 +38,7 @@ def _fake_fwd(x, w_fc, b_fc, w_proj, b_proj, save, backend):
 def _fake_bwd(dy, x, pre, hidden, w_fc, w_proj, needs, backend):
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     return (
-        x.new_empty(x.shape if need_x else [0]),
+        x.new_empty([*dy.shape[:-1], w_fc.shape[0]] if need_x else [0]),
         x.new_empty(w_fc.shape if need_w_fc else [0]),
         x.new_empty([w_fc.shape[1]] if need_b_fc else [0], dtype=torch.float32),
         x.new_empty(w_proj.shape if need_w_proj else [0]),
@@ -68,7 +68,7 @@ class _GeluFFN(torch.autograd.Function):
         x, b_fc, b_proj = map(last_contiguous, (x, b_fc, b_proj))
         w_fc, w_proj = matrix(w_fc), matrix(w_proj)
         y, *saved = _gelu_ffn_fwd(x, w_fc, b_fc, w_proj, b_proj, save, backend)
-        ctx.save_for_backward(x, *saved, w_fc, w_proj)
+        ctx.save_for_backward(x if need_w_fc else x.new_empty(0), *saved, w_fc, w_proj)
         ctx.backend = backend
         return y
 

@@ -53,24 +53,25 @@ def gelu_ffn_fwd(
 
 def gelu_ffn_bwd(
     dy: Tensor,  # (..., C')
-    x: Tensor,  # (..., C)
+    x: Tensor,  # (..., C), read for dw_fc alone
     pre: Tensor,  # (N, F)
     hidden: Tensor,  # (N, F), its GELU
     w_fc: Tensor,  # (C, F)
     w_proj: Tensor,  # (F, C')
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    shape, dy, x = x.shape, as_matrix(dy), as_matrix(x)
-    N, (C, F), C_out = len(x), w_fc.shape, w_proj.shape[1]
+    need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
+    shape, dy = (*dy.shape[:-1], w_fc.shape[0]), as_matrix(dy)
+    x = as_matrix(x) if need_w_fc else x
+    N, (C, F), C_out = len(dy), w_fc.shape, w_proj.shape[1]
     if _needs_padding(w_fc, w_proj):
         rows = (padded(t)[:N] if t.dim() > 1 else t for t in (dy, x, pre, hidden))
         grads = gelu_ffn_bwd(*rows, padded(w_fc), padded(w_proj), needs)
         sizes = (N, C), (C, F), (F,), (F, C_out), (C_out,)
         dx, *rest = (_first(g, *size) for g, size in zip(grads, sizes, strict=True))
-        return dx.view(shape) if needs[0] else dx, *rest
+        return dx.view(shape) if need_x else dx, *rest
 
     dy, pre = aligned(dy), pre.contiguous()
-    need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     need_dpre = need_x or need_w_fc
     dx = x.new_empty(shape if need_x else 0)
     dw_fc = w_fc.new_empty(w_fc.shape if need_w_fc else 0)

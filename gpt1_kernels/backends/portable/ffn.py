@@ -33,7 +33,7 @@ def gelu_ffn_fwd(
 
 def gelu_ffn_bwd(
     dy: Tensor,  # (..., C)
-    x: Tensor,  # (..., C)
+    x: Tensor,  # (..., C), read for dw_fc alone
     pre: Tensor,  # (N, F)
     hidden: Tensor,  # (N, F), its GELU
     w_fc: Tensor,
@@ -41,8 +41,7 @@ def gelu_ffn_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
-    shape = x.shape
-    dy, x = as_matrix(dy), as_matrix(x)
+    shape, dy = (*dy.shape[:-1], w_fc.shape[0]), as_matrix(dy)
     dx = dw_fc = dw_proj = x.new_empty(0)
     db_fc = db_proj = x.new_empty(0, dtype=torch.float32)
     if need_w_proj:
@@ -54,7 +53,7 @@ def gelu_ffn_bwd(
         if need_x:
             dx = (dpre @ w_fc.t()).view(shape)
         if need_w_fc:
-            dw_fc = x.t() @ dpre
+            dw_fc = as_matrix(x).t() @ dpre
         if need_b_fc:
             db_fc = column_sums(dpre)
     return dx, dw_fc, db_fc, dw_proj, db_proj

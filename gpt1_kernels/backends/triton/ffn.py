@@ -99,7 +99,7 @@ def gelu_ffn_fwd(
 
 def gelu_ffn_bwd(
     dy: Tensor,  # (..., C')
-    x: Tensor,  # (..., C)
+    x: Tensor,  # (..., C), read for dw_fc alone
     pre: Tensor,  # (N, F)
     hidden: Tensor,  # (N, F), its GELU
     w_fc: Tensor,  # (C, F)
@@ -108,8 +108,8 @@ def gelu_ffn_bwd(
 ) -> tuple[Tensor, ...]:
     need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj = needs
     need_dpre = need_x or need_w_fc
-    shape, dy, x = x.shape, as_matrix(dy), as_matrix(x)
-    N, F = x.shape[0], w_fc.shape[1]
+    shape, dy = (*dy.shape[:-1], w_fc.shape[0]), as_matrix(dy)
+    N, F = dy.shape[0], w_fc.shape[1]
     dx = x.new_empty(shape if need_x else 0)
     dw_fc = x.new_empty(w_fc.shape if need_w_fc else 0)
     db_fc = pre.new_empty(F if need_b_fc else 0, dtype=torch.float32)
@@ -128,7 +128,7 @@ def gelu_ffn_bwd(
     if need_w_proj:
         matmul(hidden.t(), dy, dw_proj)
     if need_w_fc:
-        matmul(x.t(), dpre, dw_fc)
+        matmul(as_matrix(x).t(), dpre, dw_fc)
     if need_x:
         matmul(dpre, w_fc.t(), as_matrix(dx))
     if need_b_proj:
