@@ -137,3 +137,15 @@ def test_bits_given_are_those_of_the_seed(packed):
         attend(keep_bits=bits[..., 0])
     with pytest.raises(TypeError, match="keep_bits has dtype"):
         attend(keep_bits=bits.long())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_probability_above_1_is_refused_with_bits_too(packed):
+    """Survivors would be multiplied by a negative scale."""
+    q, bits = torch.randn(1, 4, 1, 8, device=DEVICE), torch.zeros(1, 1, 4, 1, dtype=torch.int32)
+    options = {"dropout_p": 1.5, "keep_bits": bits.to(DEVICE)}
+    with pytest.raises(ValueError, match=r"dropout_p is 1.5, expected a probability in \[0, 1\]"):
+        if packed:
+            ops.causal_attention_qkvpacked(torch.randn(1, 4, 24, device=DEVICE), 1, **options)
+        else:
+            ops.causal_attention(q, q, q, **options)

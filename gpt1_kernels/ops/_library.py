@@ -163,12 +163,16 @@ def _text(shape: Sequence[int | str]) -> str:
     return str(tuple(shape)).replace("'", "")
 
 
+def check_probability(op: str, p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {p}, expected a probability in [0, 1]")
+
+
 def check_dropout(
     op: str, p: float, seed: Tensor | None, row_offset: int, rows: int, like: Tensor
 ) -> None:
     """Checks the dropout arguments of a call with `rows` rows, from `row_offset` on."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{op}: dropout_p is {p}, expected a probability in [0, 1]")
+    check_probability(op, p)
     if p == 0.0:
         return
     if not isinstance(seed, Tensor):

@@ -22,6 +22,7 @@ from gpt1_kernels.ops._library import (
     apart,
     autocast,
     check_dropout,
+    check_probability,
     check_tensor,
     define,
     last_contiguous,
@@ -211,6 +212,7 @@ def _checked_bits(
     if first_key is not None:
         check_tensor(op, "first_key", first_key, (torch.int32,), (batch,), activation)
     if keep_bits is not None and dropout_p > 0.0:
+        check_probability(op, dropout_p)
         packed = batch, heads, queries, (keys + 31) // 32
         check_tensor(op, "keep_bits", keep_bits, (torch.int32,), packed, activation)
         return keep_bits.contiguous()
