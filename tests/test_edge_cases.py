@@ -823,6 +823,8 @@ def test_row24_wrong_ranks_and_sizes_are_named(case):
         (lambda x: ops.dropout_mask(SEED.cpu(), (1, 1, 9, 3), 0.5, causal=True), "Tk ≥ Tq"),
         (lambda x: ops.dropout_mask(SEED.cpu(), (2, 3), 1.5), r"dropout_p is 1.5, expected"),
         (lambda x: ops.dropout_mask(SEED.cpu()[:1], (2, 3), 0.5), r"seed has shape \(1,\)"),
+        (lambda x: ops.dropout_mask(SEED.cpu()[:1], (2, 3), 0.0), r"seed has shape \(1,\)"),
+        (lambda x: ops.dropout_mask(None, (2, 3), 0.0), r"seed is None, expected shape \(2,\)"),
         (
             lambda x: ops.dropout_mask(SEED.cpu(), (2, 3), 0.5, row_offset=-1),
             "row_offset is negative, expected at least 0",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt1_kernels.backends import resolve
-from gpt1_kernels.ops._library import check_dropout, define, last_contiguous
+from gpt1_kernels.ops._library import check_dropout, check_tensor, define, last_contiguous
 
 
 def _fake(seed, shape, p, row_offset, causal, backend):
@@ -53,6 +53,8 @@ def dropout_mask(
             f"dropout_mask: shape is {tuple(shape)}, expected (B, H, Tq, Tk) with Tk ≥ Tq if causal"
         )
     check_dropout("dropout_mask", p, seed, row_offset, prod(shape[:-1]), seed)
+    if p == 0.0:  # where an op needs no seed, but a mask is drawn on the seed's device
+        check_tensor("dropout_mask", "seed", seed, (torch.int64,), (2,))
     return draw_mask(seed, shape, p, row_offset, causal)
 
 
