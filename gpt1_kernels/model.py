@@ -174,7 +174,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
                 raise ValueError("cache: the model is in training, expected eval()")
             if past:
                 first_key = cache.first_key
-            elif mask is not None and not mask[:, -1].all():
+            elif mask is not None and not mask[:, -1:].all():
                 raise ValueError("attention_mask: padding on the right, expected on the left")
             cache.first_key = first_key
         if past and position_ids is None:
@@ -297,7 +297,7 @@ def _check_shape(name: str, given: Tensor | None, *allowed: tuple[int, ...]) -> 
 def _first_key(mask: Tensor) -> Tensor | None:
     """(B, T) bool → int32 (B,) the first real token, or None where a CPU sees no left padding."""
     first_key = (mask.cumsum(-1) == 0).sum(-1, dtype=torch.int32)
-    starts = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0]
+    starts = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, :1].sum(-1)
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async((starts <= 1).all(), "attention_mask: a hole between real tokens")
         return first_key

@@ -219,10 +219,12 @@ def test_shapes_that_do_not_fit_the_ids_are_named(name, shape):
         randomised(GPT1LMHeadModel(config()))(tokens(2, T), **{name: given})
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(0, T), (2, 0)])
-def test_row05_empty_batches(shape):
+def test_row05_empty_batches(shape, masked):
     model = randomised(GPT1LMHeadModel(with_dropout()))
-    output = model(tokens(*shape), labels=tokens(*shape), return_logits=True)
+    mask = tokens(*shape) if masked else None
+    output = model(tokens(*shape), mask, labels=tokens(*shape), return_logits=True)
     assert output.logits.shape == (*shape, V)
     output.loss.backward()
     assert not any(p.grad.any() for p in model.parameters())
