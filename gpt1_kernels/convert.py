@@ -28,6 +28,7 @@ from gpt1_kernels.heads import (
 )
 from gpt1_kernels.model import GPT1Model
 from gpt1_kernels.pretrained import WEIGHTS, PretrainedMixin, config_values
+from gpt1_kernels.task_model import GPT1TaskModel
 
 SHAPES, PARTS, ARRAYS_PER_LAYER = "params_shapes.json", 10, 12
 TOKENIZER = "tokenizer.json"
@@ -109,9 +110,10 @@ def read_release(folder: Path, n_head: int | None = None) -> GPT1LMHeadModel:
 def read_hugging_face(folder: Path, n_head: int | None = None) -> nn.Module:
     """The model in a Hugging Face folder, with the head that its weights have; see `convert`."""
     if not (folder / WEIGHTS).is_file():
-        for pickle in (file for pattern in PICKLES for file in sorted(folder.glob(pattern))):
+        pickles = [file for pattern in PICKLES for file in sorted(folder.glob(pattern))]
+        if pickles:
             raise ValueError(
-                f"{pickle}: a pickle, which can run any code, is not opened; expected {WEIGHTS} "
+                f"{pickles[0]}: a pickle, which can run any code, is not opened; expected {WEIGHTS} "
                 f"(or {SHAPES} for OpenAI's release)"
             )
         raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {SHAPES} in it")
@@ -246,6 +248,8 @@ def _model_class(folder: Path) -> type[PretrainedMixin]:
         return GPT1ForSequenceClassification
     if "multiple_choice_head" in heads:
         return GPT1DoubleHeadsModel
+    if "classifier" in heads:
+        return GPT1TaskModel
     bare = config_values(folder).get("architectures") == ["OpenAIGPTModel"]
     return GPT1Model if bare else GPT1LMHeadModel
 

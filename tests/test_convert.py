@@ -18,6 +18,7 @@ from gpt1_kernels import (
     GPT1ForSequenceClassification,
     GPT1LMHeadModel,
     GPT1Model,
+    GPT1TaskModel,
 )
 from gpt1_kernels.convert import convert, read_release, read_tokenizer
 from tests.models import config, randomised
@@ -292,6 +293,16 @@ def test_the_head_of_the_weights_outranks_the_configuration(tmp_path):
     assert written["architectures"] == ["OpenAIGPTForSequenceClassification"]
     opened = GPT1ForSequenceClassification.from_pretrained(tmp_path / "ours")
     assert torch.equal(opened.score.weight, model.score.weight.cpu())
+
+
+def test_a_fine_tuned_model_keeps_its_classifier(tmp_path):
+    model = randomised(GPT1TaskModel(config(num_labels=3)))
+    model.save_pretrained(tmp_path / "fine-tuned")
+    convert(tmp_path / "fine-tuned", tmp_path / "ours", n_head=2)
+    opened = GPT1TaskModel.from_pretrained(tmp_path / "ours")
+    assert opened.config.n_head == 2
+    assert torch.equal(opened.classifier.weight, model.classifier.weight.cpu())
+    assert torch.equal(opened.classifier.bias, model.classifier.bias.cpu())
 
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "vocab-and-merges"])
