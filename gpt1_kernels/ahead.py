@@ -23,7 +23,10 @@ def draws_ahead(seed: Tensor) -> bool:
 
 
 def draw_ahead(
-    seeds: Sequence[Tensor], shape: tuple[int, int, int, int], p: float, row_offset: int
+    seeds: Sequence[Tensor],
+    shape: tuple[int, int, int, int],
+    probabilities: Sequence[float],
+    row_offset: int,
 ) -> Iterator[Tensor]:
     """The bits of one attention after the other; the drawing begins with the call.
 
@@ -32,6 +35,7 @@ def draw_ahead(
     Args:
         seeds: int64 (2,) of each attention.
         shape: (B, H, Tq, Tk).
+        probabilities: of dropping, in each attention.
         row_offset: as in `ops.causal_attention`, in tokens.
     """
     device = seeds[0].device
@@ -39,7 +43,7 @@ def draw_ahead(
     beside.wait_stream(here)  # for the seeds
     drawn = []
     with torch.cuda.stream(beside):
-        for seed in seeds:
+        for seed, p in zip(seeds, probabilities, strict=True):
             bits = dropout_mask(seed, shape, p, row_offset=row_offset * shape[1], causal=True)
             bits.record_stream(here)  # else their memory might be reused before it is read
             drawn.append((bits, beside.record_event()))

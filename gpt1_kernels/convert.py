@@ -113,8 +113,8 @@ def read_hugging_face(folder: Path, n_head: int | None = None) -> nn.Module:
         pickles = [file for pattern in PICKLES for file in sorted(folder.glob(pattern))]
         if pickles:
             raise ValueError(
-                f"{pickles[0]}: a pickle, which can run any code, is not opened; expected {WEIGHTS} "
-                f"(or {SHAPES} for OpenAI's release)"
+                f"{pickles[0]}: a pickle, which can run any code, is not opened; expected "
+                f"{WEIGHTS} (or {SHAPES} for OpenAI's release)"
             )
         raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {SHAPES} in it")
     overrides = {} if n_head is None else {"n_head": n_head}

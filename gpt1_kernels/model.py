@@ -246,14 +246,15 @@ class GPT1Model(nn.Module, PretrainedMixin):
         self, shape: torch.Size, seeds: Tensor | None, row_offset: int
     ) -> Iterable[Tensor | None]:
         """The dropout bits of each attention on (..., T) tokens, or None where it draws its own."""
-        p, layers = self.config.attn_pdrop, range(len(self.h))
+        probabilities = [block.attn.dropout_p for block in self.h]
         # Drawn ahead, they would be kept for a block that is to keep nothing but its input.
         recomputed = self.gradient_checkpointing and self.training
-        if seeds is None or p == 0.0 or recomputed or not draws_ahead(seeds):
-            return [None for _ in layers]
+        if seeds is None or not any(probabilities) or recomputed or not draws_ahead(seeds):
+            return [None for _ in self.h]
         length = shape[-1]
         of_heads = shape[:-1].numel(), self.config.n_head, length, length
-        return draw_ahead([seeds[attention_site(n)] for n in layers], of_heads, p, row_offset)
+        of_attention = [seeds[attention_site(layer)] for layer in range(len(self.h))]
+        return draw_ahead(of_attention, of_heads, probabilities, row_offset)
 
     def activation_checkpointing_enable(self, **_: Any) -> None:
         """Keeps only the blocks' inputs and recomputes the rest, whatever options are given."""

@@ -72,8 +72,11 @@ def _streams(monkeypatch):
     monkeypatch.setattr(model, "draws_ahead", lambda seed: True)
 
 
-def loss_and_gradients(micro_batches=1, checkpointing=False):
+def loss_and_gradients(micro_batches=1, checkpointing=False, probabilities=None):
     fresh = randomised(GPT1LMHeadModel(with_dropout()))
+    if probabilities is not None:
+        for block, p in zip(fresh.transformer.h, probabilities, strict=True):
+            block.attn.dropout_p = p
     if checkpointing:
         fresh.gradient_checkpointing_enable()
     fresh.dropout_stream.set_key(5)
@@ -100,6 +103,17 @@ def test_results_are_those_of_bits_drawn_in_line(micro_batches, checkpointing, m
         assert len(calls.read) == 2 * micro_batches  # one a layer
     monkeypatch.setattr(model, "draws_ahead", lambda seed: False)
     for one, other in zip(actual, loss_and_gradients(micro_batches, checkpointing), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of CPU stand-ins")
+@pytest.mark.usefixtures("_streams")
+@pytest.mark.parametrize("probabilities", [(0.5, 0.1), (0.0, 0.5)])
+def test_each_attention_has_bits_of_its_own_probability(probabilities, monkeypatch):
+    """They were drawn with the configuration's, and the survivors scaled by the module's."""
+    actual = loss_and_gradients(probabilities=probabilities)
+    monkeypatch.setattr(model, "draws_ahead", lambda seed: False)
+    for one, other in zip(actual, loss_and_gradients(probabilities=probabilities), strict=True):
         assert torch.equal(one, other)
 
 
@@ -142,10 +156,10 @@ def test_bits_given_are_those_of_the_seed(packed):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_probability_above_1_is_refused_with_bits_too(packed):
     """Survivors would be multiplied by a negative scale."""
-    q, bits = torch.randn(1, 4, 1, 8, device=DEVICE), torch.zeros(1, 1, 4, 1, dtype=torch.int32)
-    options = {"dropout_p": 1.5, "keep_bits": bits.to(DEVICE)}
+    qkv = torch.randn(1, 4, 24, device=DEVICE)
+    bits = torch.zeros(1, 1, 4, 1, dtype=torch.int32, device=DEVICE)
+    op, inputs = ops.causal_attention, qkv.view(1, 4, 3, 1, 8).unbind(2)
+    if packed:
+        op, inputs = ops.causal_attention_qkvpacked, (qkv, 1)
     with pytest.raises(ValueError, match=r"dropout_p is 1.5, expected a probability in \[0, 1\]"):
-        if packed:
-            ops.causal_attention_qkvpacked(torch.randn(1, 4, 24, device=DEVICE), 1, **options)
-        else:
-            ops.causal_attention(q, q, q, **options)
+        op(*inputs, dropout_p=1.5, keep_bits=bits)
