@@ -48,6 +48,11 @@ class Block(nn.Module):
         )
         self.sites = (attention_site(layer), *residual_sites(layer))
 
+    @property
+    def drops(self) -> bool:
+        """Whether it needs seeds in training."""
+        return max(self.attn.dropout_p, self.ln_1.dropout_p, self.ln_2.dropout_p) > 0.0
+
     def forward(
         self,
         h: Tensor,  # (B, T, C)
@@ -105,8 +110,8 @@ class GPT1Model(nn.Module, PretrainedMixin):
     @property
     def drops(self) -> bool:
         """Whether a forward pass draws dropout bits now."""
-        c = self.config
-        return self.training and max(c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) > 0.0
+        # Of the blocks as they are: without seeds, a recomputed one would draw another mask.
+        return self.training and (self.config.embd_pdrop > 0.0 or any(b.drops for b in self.h))
 
     def forward(
         self,
@@ -179,9 +184,9 @@ class GPT1Model(nn.Module, PretrainedMixin):
             cache.first_key = first_key
         if past and position_ids is None:
             position_ids = torch.arange(past, past + length, device=self.tokens_embed.weight.device)
-        if self.drops and dropout_seeds is None:
-            dropout_seeds = self.dropout_stream.advance()
-        seeds = dropout_seeds if self.drops else None
+        seeds = None
+        if self.drops:
+            seeds = self.dropout_stream.advance() if dropout_seeds is None else dropout_seeds
 
         bits = self._attention_bits(shape, seeds, row_offset)
         h = self._embed(

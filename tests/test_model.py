@@ -122,6 +122,22 @@ def test_row19_checkpointing_changes_no_gradient(autocast, name):
     assert not model.transformer.gradient_checkpointing
 
 
+def test_row19_checkpointing_keeps_the_mask_of_a_dropout_set_after_construction():
+    """The configuration has none: the block got no seed, and drew another mask when recomputed."""
+    model, ids = randomised(GPT1LMHeadModel(config())), tokens(2, T)
+    model.transformer.h[1].ln_1.dropout_p = 0.5
+
+    def run():
+        model.zero_grad()
+        model.dropout_stream.set_key(5)
+        model(ids, labels=ids).loss.backward()
+        return gradients(model)
+
+    expected = run()
+    model.gradient_checkpointing_enable()
+    assert_same(run(), expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_row08_padding_never_reaches_a_real_token(side):
     model, ids = randomised(GPT1LMHeadModel(config())).eval(), tokens(2, T)

@@ -35,6 +35,10 @@ class LSTMBlock(nn.Module):
         self.c_proj = nn.Linear(units, config.n_embd)
         self.dropout_p, self.site = config.resid_pdrop, residual_sites(layer)[0]
 
+    @property
+    def drops(self) -> bool:
+        return self.dropout_p > 0.0
+
     def forward(
         self,
         h: Tensor,  # (B, T, C)
