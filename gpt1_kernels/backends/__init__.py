@@ -35,7 +35,10 @@ MINIMUM_CAPABILITY = (8, 0)
 _PACKAGES = {name: name for name in BACKENDS} | {"cuda_host": "cuda"}
 
 launches: Counter[tuple[str, str]] = Counter()
-"""How often each kernel was launched, by (backend, kernel); tests assert on it."""
+"""How often each op ran and each kernel was started, by (backend, name); tests assert on it.
+
+An op and a kernel of the CUDA backends may share a name, which then counts for both.
+"""
 
 
 def _constant(function: Callable) -> Callable:
@@ -111,9 +114,9 @@ def kernel(backend: str, op: str, name: str) -> Callable:
     return getattr(_module(backend, op), name)
 
 
-def count_launch(backend: str, kernel_name: str) -> None:
-    """Called by a backend where it starts a kernel."""
-    launches[backend, kernel_name] += 1
+def count_launch(backend: str, name: str) -> None:
+    """Called where an op runs on a backend, and where a backend starts a kernel."""
+    launches[backend, name] += 1
 
 
 @_constant
