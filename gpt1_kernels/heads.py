@@ -150,7 +150,7 @@ class MultipleChoiceHead(nn.Module):
         else:
             index = mc_token_ids[..., None, None].expand(*mc_token_ids.shape, 1, h.shape[-1])
             state = h.gather(-2, index).squeeze(-2)
-        p = self.dropout_p if self.training and seed is not None else 0.0
+        p = 0.0 if seed is None else self.dropout_p
         return self.summary(dropout(state, p, seed, row_offset)).squeeze(-1)
 
 
@@ -190,7 +190,7 @@ class GPT1DoubleHeadsModel(Headed):
             loss and mc_loss (with their labels), logits (B, choices, T, V), mc_logits (B, choices),
             hidden_states if asked for.
         """
-        drops = self.training and (self.transformer.drops or self.config.summary_first_dropout > 0)
+        drops = self.training and self.config.summary_first_dropout > 0
         if drops and dropout_seeds is None:
             dropout_seeds = self.dropout_stream.advance()
         output = self.transformer(

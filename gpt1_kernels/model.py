@@ -289,9 +289,8 @@ class GPT1Model(nn.Module, PretrainedMixin):
 
 def _bring_dropout_stream(model: GPT1Model, _: object) -> None:
     """After `load_state_dict(assign=True)` from the meta device: no checkpoint has the stream."""
-    device = model.tokens_embed.weight.device
-    if model.dropout_stream.key.is_meta and device.type != "meta":
-        model.dropout_stream.to_empty(device=device)
+    if model.dropout_stream.key.is_meta:
+        model.dropout_stream.to_empty(device=model.tokens_embed.weight.device)
 
 
 def _check_shape(name: str, given: Tensor | None, *allowed: tuple[int, ...]) -> None:
