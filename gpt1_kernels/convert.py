@@ -84,7 +84,7 @@ def read_release(folder: Path, n_head: int | None = None) -> GPT1LMHeadModel:
         n_positions=n_positions,
         n_embd=width,
         n_layer=(len(shapes) - 2) // ARRAYS_PER_LAYER,
-        n_head=n_head or width // HEAD_SIZE,
+        n_head=width // HEAD_SIZE if n_head is None else n_head,
     )
     layout = _layout(config)
     for i, (shape, (name, expected)) in enumerate(zip(shapes, layout.items(), strict=True)):

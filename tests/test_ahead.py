@@ -119,6 +119,16 @@ def test_each_attention_has_bits_of_its_own_probability(probabilities, monkeypat
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of CPU stand-ins")
 @pytest.mark.usefixtures("_streams")
+@pytest.mark.parametrize("options", [{"n_layer": 0}, {"attn_pdrop": 0.0}], ids=str)
+def test_where_no_attention_drops_nothing_is_drawn(options):
+    fresh = randomised(GPT1LMHeadModel(with_dropout(**options)))
+    with Calls() as calls:
+        fresh(BATCH, labels=BATCH).loss.backward()
+    assert not calls.drawn_beside
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of CPU stand-ins")
+@pytest.mark.usefixtures("_streams")
 def test_the_stand_ins_see_a_missing_wait(monkeypatch):
     monkeypatch.setattr(Stream, "wait_event", lambda stream, event: None)
     with pytest.raises(AssertionError, match="read before they are drawn"), Calls():

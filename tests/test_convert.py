@@ -120,6 +120,12 @@ def test_heads_that_are_not_64_wide_are_asked_for(tmp_path):
     assert GPT1LMHeadModel.from_pretrained(tmp_path / "ours").config.n_head == 3
 
 
+def test_no_heads_are_refused(tmp_path, release):
+    """They were taken for heads that are not given."""
+    with pytest.raises(ValueError, match="n_head: 0, expected an integer of at least 1"):
+        convert(release, tmp_path / "ours", n_head=0)
+
+
 def test_the_vocabulary_of_the_release():
     if not RELEASED.is_dir():
         pytest.skip("the released vocabulary is not at ../shared/data/gpt1_bpe")
