@@ -105,6 +105,7 @@ def test_transformers_opens_what_is_written(tmp_path, release):
 
 
 def test_without_a_vocabulary_no_tokenizer_is_written(tmp_path, release):
+    (tmp_path / "ours").mkdir()  # empty
     convert(release, tmp_path / "ours")
     assert {file.name for file in (tmp_path / "ours").iterdir()} == {
         "config.json",
@@ -154,6 +155,14 @@ def save(name, array):
     return lambda folder: np.save(folder / name, array, allow_pickle=True)
 
 
+def save_archive(name):
+    def damage(folder):
+        np.savez(folder / "archive.npz", np.zeros(3))
+        (folder / "archive.npz").rename(folder / name)
+
+    return damage
+
+
 def change_length(name, by):
     def damage(folder):
         array = np.load(folder / name)
@@ -197,6 +206,7 @@ class Bomb:
         (write("params_3.npy", pickle.dumps(Bomb())), "params_3.npy: not a whole .npy file"),
         (save("params_3.npy", np.array([Bomb()], dtype=object)), "params_3.npy: not a whole"),
         (save("params_3.npy", np.zeros(3, dtype=np.int64)), r"params_3.npy: int64 \(3,\), exp"),
+        (save_archive("params_3.npy"), "params_3.npy: an archive, expected one axis"),
         (save("params_3.npy", np.zeros((3, 1))), r"params_3.npy: float64 \(3, 1\), expected one"),
     ],
 )  # fmt: skip
@@ -294,8 +304,9 @@ def test_the_head_of_the_weights_outranks_the_configuration(tmp_path):
     file = tmp_path / "theirs" / "config.json"
     values = json.loads(file.read_text())
     file.write_text(json.dumps({**values, "architectures": ["OpenAIGPTLMHeadModel"]}))
-    convert(tmp_path / "theirs", tmp_path / "ours")
+    convert(tmp_path / "theirs", tmp_path / "ours", n_head=2)
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert written["n_head"] == 2
     assert written["architectures"] == ["OpenAIGPTForSequenceClassification"]
     opened = GPT1ForSequenceClassification.from_pretrained(tmp_path / "ours")
     assert torch.equal(opened.score.weight, model.score.weight.cpu())

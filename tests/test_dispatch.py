@@ -161,6 +161,19 @@ def test_the_report_names_every_op_and_backend():
         assert answers["triton"] == answers["portable"] == "available", op
 
 
+@pytest.mark.parametrize(("present", "device"), [(True, "cuda"), (False, "cpu")])
+def test_the_report_is_of_a_gpu_where_there_is_one(present, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    monkeypatch.setattr(backends, "unavailable_reason", lambda backend, op, device: device)
+    assert set(backend_report()["layer_norm"].values()) == {device}
+
+
+def test_the_least_gpu_is_served(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert backends.old_gpu_reason() is None
+
+
 def test_row26_without_triton_it_imports_and_falls_back():
     out, stderr = python(
         "import sys; sys.modules['triton'] = None\n"

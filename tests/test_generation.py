@@ -14,6 +14,7 @@ CHOICES = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 1.3},
     "top-k": {"temperature": 1.3, "top_k": 5},
+    "top-1": {"temperature": 1.3, "top_k": 1},
     "top-p": {"temperature": 1.3, "top_p": 0.8},
     "both": {"temperature": 1.3, "top_k": 20, "top_p": 0.8},
 }
@@ -171,8 +172,8 @@ def test_a_single_row_stops_early(model, call_lengths):
 
 def test_a_seed_a_generator_and_the_default_generator_reproduce(model):
     ids, options = tokens(2, 4), {"max_new_tokens": NEW, "temperature": 2.0}
-    seeded = model.generate(ids, seed=5, **options)
-    generator = torch.Generator(ids.device).manual_seed(5)
+    seeded = model.generate(ids, seed=0, **options)
+    generator = torch.Generator(ids.device).manual_seed(0)
     assert torch.equal(model.generate(ids, seed=generator, **options), seeded)
     assert not torch.equal(model.generate(ids, seed=generator, **options), seeded)
     assert not torch.equal(model.generate(ids, seed=6, **options), seeded)
@@ -263,12 +264,28 @@ def test_the_last_position_can_be_filled(model):
     assert model.generate(tokens(1, 31), max_new_tokens=1).shape == (1, 32)
 
 
+@pytest.mark.parametrize(("rows", "layers"), [(0, 2), (2, 0)])
+def test_no_rows_and_no_layers(rows, layers):
+    model = GPT1LMHeadModel(config(n_layer=layers)).to(DEVICE)
+    assert model.generate(tokens(rows, 4), max_new_tokens=3).shape == (rows, 7)
+
+
+def test_no_logits_but_the_last_and_no_graph(model):
+    seen = []
+    handle = model.register_forward_hook(lambda *call: seen.append(call[-1].logits))
+    model.generate(tokens(2, 5), max_new_tokens=2)
+    handle.remove()
+    assert [logits.shape[:2] for logits in seen] == [(2, 1)] * 2
+    assert not any(logits.requires_grad for logits in seen)
+
+
 def test_a_cache_is_refused_where_it_would_mislead(model):
     ids = tokens(1, 4)
     with pytest.raises(ValueError, match="cache: the model is in training"):
         randomised(GPT1LMHeadModel(config()))(ids, cache=KeyValueCache(2, 8))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=ids.device)
     with pytest.raises(ValueError, match="attention_mask: padding on the right"):
-        model(ids, torch.tensor([[1, 1, 1, 0]], device=ids.device), cache=KeyValueCache(2, 8))
+        model(ids.expand(2, 4), mask, cache=KeyValueCache(2, 8))
     cache = KeyValueCache(2, 40)
     with torch.no_grad():
         model(ids, cache=cache)
@@ -316,6 +333,15 @@ def test_tokens_are_drawn_in_proportion(choice, expected):
 
 def test_no_more_tokens_are_drawn_from_than_hold_top_p():
     assert (frequencies(torch.zeros(1, 4), temperature=1.0, top_p=0.5) > 0).sum() == 2
+
+
+def test_logits_of_16_bits_are_drawn_from_in_fp32():
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    one, other = (
+        choose(x, 1.0, top_p=0.9, generator=torch.Generator().manual_seed(0))
+        for x in (logits, logits.float())
+    )
+    assert torch.equal(one, other)
 
 
 def test_rows_draw_independently():

@@ -117,7 +117,9 @@ def test_a_layer_used_alone_draws_from_the_default_generator():
         drawn.append(attention(x))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+    before = torch.get_rng_state()
     assert torch.equal(attention.eval()(x), attention(x))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -128,6 +130,19 @@ def test_loss_like_cross_entropy_loss(reduction):
     loss = LinearCrossEntropyLoss(ignore_index=7, reduction=reduction)
     theirs = nn.CrossEntropyLoss(ignore_index=7, reduction=reduction)
     torch.testing.assert_close(loss(h, w, targets), theirs((h @ w.t()).mT, targets.view(2, 5)))
+    weight = torch.rand(2, 5, device=DEVICE)
+    losses = weight * LinearCrossEntropyLoss(ignore_index=7, reduction="none")(h, w, targets)
+    total = losses.sum()
+    expected = {"mean": total / weight[targets != 7].sum(), "sum": total, "none": losses}
+    torch.testing.assert_close(loss(h, w, targets, weight), expected[reduction])
+
+
+def test_projections_are_drawn_as_those_of_gpt1():
+    attention, ffn = CausalSelfAttention(192, 4), GeluFFN(192, 100)
+    assert ffn.c_fc.weight.shape == (192, 100)
+    for projection in (attention.c_attn, attention.c_proj, ffn.c_fc, ffn.c_proj):
+        assert float(projection.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+        assert not projection.bias.any()
 
 
 class LowRank(nn.Linear):

@@ -21,6 +21,8 @@ from gpt1_kernels.weight_cast import cast_once
 from tests.cases import DEVICE, assert_same, backends_of
 from tests.models import T, V, config, randomised, tokens, with_dropout
 
+MODELS = [GPT1Model, GPT1LMHeadModel, GPT1DoubleHeadsModel, GPT1ForSequenceClassification]
+
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -66,6 +68,15 @@ def test_row09_a_padded_batch_has_the_loss_of_the_sequences_alone(pad):
     torch.testing.assert_close(*(torch.autograd.grad(x, [*model.parameters()]) for x in losses))
 
 
+def test_positions_may_be_those_of_one_row_and_fill_the_table():
+    model, ids = randomised(GPT1Model(config(n_positions=T))).eval(), tokens(2, T)
+    positions = torch.arange(T, device=DEVICE).flip(0)
+    expected = model(ids, position_ids=positions.expand(2, T)).last_hidden_state
+    for shape in ((T,), (1, T)):
+        actual = model(ids, position_ids=positions.view(shape)).last_hidden_state
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU asserts")
 def test_a_position_out_of_range_beside_embeddings_raises():
     model = randomised(GPT1Model(config()))
@@ -81,13 +92,20 @@ def test_each_forward_in_training_draws_new_bits_and_evaluation_none():
     model.eval()
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert int(model.dropout_stream.step) == 3
+    seeds = model.dropout_stream.seeds(0)
+    assert torch.equal(model(ids, dropout_seeds=seeds).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("site", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
 def test_each_dropout_draws_without_the_others(site):
     model, ids = randomised(GPT1Model(config(**{site: 0.5}))), tokens(2, T)
-    one, other = (model(ids).last_hidden_state for _ in range(2))
+    one, again, other = (
+        model(ids, dropout_seeds=model.dropout_stream.seeds(step)).last_hidden_state
+        for step in (0, 0, 1)
+    )
+    assert torch.equal(one, again)
     assert not torch.equal(one, other)
+    assert not torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
 def test_micro_batches_draw_what_the_whole_batch_draws():
@@ -174,6 +192,14 @@ def test_the_output_is_read_by_attribute_index_and_key():
         _ = out.logit
 
 
+@pytest.mark.parametrize("model_class", MODELS)
+def test_every_model_returns_a_tuple_on_request(model_class):
+    model, ids = randomised(model_class(config())).eval(), tokens(1, 5)
+    actual = model(ids, return_dict=False)
+    assert type(actual) is tuple
+    assert all(map(torch.equal, actual, model(ids).to_tuple()))
+
+
 def test_a_value_set_by_attribute_is_found_by_key_and_index():
     """The Trainer reads `output["loss"]`, to which others have added by attribute."""
     model, ids = randomised(GPT1LMHeadModel(config())).eval(), tokens(1, 5)
@@ -185,12 +211,15 @@ def test_a_value_set_by_attribute_is_found_by_key_and_index():
     assert out.logits is None
 
 
-def test_logits_in_training_only_on_request():
-    model, ids = randomised(GPT1LMHeadModel(config())), tokens(1, 5)
+@pytest.mark.parametrize(
+    ("model_class", "shape"), [(GPT1LMHeadModel, (1, 5)), (GPT1DoubleHeadsModel, (1, 2, 5))]
+)
+def test_logits_in_training_only_on_request(model_class, shape):
+    model, ids = randomised(model_class(config())), tokens(*shape)
     assert model(ids, labels=ids).logits is None
-    assert model(ids, labels=ids, return_logits=True).logits.shape == (1, 5, V)
-    assert model(ids).logits.shape == (1, 5, V)
-    assert model.eval()(ids, labels=ids).logits.shape == (1, 5, V)
+    assert model(ids, labels=ids, return_logits=True).logits.shape == (*shape, V)
+    assert model(ids).logits.shape == (*shape, V)
+    assert model.eval()(ids, labels=ids).logits.shape == (*shape, V)
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(1, [4]), (3, [2, 3, 4]), ([0, 4], [0, 4])])
@@ -278,6 +307,34 @@ def test_the_last_token_is_scored_wherever_the_padding_is(side):
     torch.testing.assert_close(padded, model(ids).logits)
 
 
+def test_a_regression_takes_values_of_any_dtype():
+    model = randomised(GPT1ForSequenceClassification(config(num_labels=1, pad_token_id=0)))
+    labels = torch.tensor([1.0, -2.0], device=DEVICE)
+    expected = model(tokens(2, 5), labels=labels).loss
+    for dtype in (torch.int64, torch.float64):
+        loss = model(tokens(2, 5), labels=labels.to(dtype)).loss
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, expected)
+
+
+def classes_and_loss(labels):
+    model = randomised(GPT1ForSequenceClassification(config(num_labels=3, pad_token_id=0)))
+    return model.bfloat16()(tokens(2, 5), labels=labels).loss
+
+
+def choices_and_loss(labels):
+    model = randomised(GPT1DoubleHeadsModel(config()))
+    return model.bfloat16()(tokens(2, 3, 5), mc_labels=labels).mc_loss
+
+
+@pytest.mark.parametrize("loss_of", [classes_and_loss, choices_and_loss])
+def test_losses_of_labels_in_a_column_and_in_fp32(loss_of):
+    labels = torch.tensor([2, 0], device=DEVICE)
+    loss = loss_of(labels)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss_of(labels[:, None]), loss)
+
+
 def test_the_kind_of_problem_outranks_the_number_of_labels():
     settings = {"num_labels": 1, "problem_type": "multi_label_classification"}
     model = randomised(GPT1ForSequenceClassification(config(**settings))).eval()
@@ -294,13 +351,21 @@ def test_a_stated_problem_outranks_the_dtype_of_the_labels():
         model(ids, labels=labels[:, 0])
 
 
-def test_embeddings_in_place_of_ids_take_token_types_too():
-    model, ids = randomised(GPT1Model(config())).eval(), tokens(2, T)
-    embeds = model.tokens_embed(ids)
-    types = ids.flip(0)
-    expected = model(ids, token_type_ids=types).last_hidden_state
-    actual = model(inputs_embeds=embeds, token_type_ids=types).last_hidden_state
+@pytest.mark.parametrize("shape", [(T,), (2, T), (2, 3, T)], ids=str)
+def test_embeddings_in_place_of_ids_take_all_that_ids_take(shape):
+    model, ids = randomised(GPT1Model(with_dropout())), tokens(*shape)
+    positions = torch.arange(T, device=DEVICE).flip(0).expand(shape)
+    options = {
+        "token_type_ids": ids.flip(-1), "position_ids": positions, "row_offset": 7 * T,
+        "attention_mask": torch.ones_like(ids), "dropout_seeds": model.dropout_stream.seeds(0),
+    }  # fmt: skip
+    expected = model(ids, **options).last_hidden_state
+    actual = model(inputs_embeds=model.tokens_embed(ids), **options).last_hidden_state
+    assert actual.shape == (*shape, model.config.n_embd)
     torch.testing.assert_close(actual, expected)
+    rows = {k: x.reshape(-1, T) for k, x in options.items() if getattr(x, "shape", ()) == shape}
+    flat = model(ids.view(-1, T), **options | rows).last_hidden_state
+    assert torch.equal(expected.view_as(flat), flat)
 
 
 def test_double_heads_read_the_last_token_by_default():
@@ -333,6 +398,7 @@ def test_resized_embeddings_keep_the_old_rows(size):
     assert table.weight is model.transformer.tokens_embed.weight
     assert (model.config.vocab_size, table.num_embeddings) == (size, size)
     assert torch.equal(table.weight[:kept], old[:kept])
+    assert size < V or float(table.weight[V:].detach().std()) == pytest.approx(0.02, rel=0.2)
     table.weight.requires_grad_(False)
     assert not model.resize_token_embeddings(size).weight.requires_grad
     with pytest.raises(ValueError, match="vocab_size: 0, expected"):
@@ -340,13 +406,15 @@ def test_resized_embeddings_keep_the_old_rows(size):
     after = model(ids).logits
     assert after.shape[-1] == size
     torch.testing.assert_close(after[..., :kept], before[..., :kept])
+    assert model.bfloat16().resize_token_embeddings(size).weight.dtype == torch.bfloat16
 
 
-def test_initial_weights_follow_the_paper():
-    model = GPT1Model(replace(config(), n_embd=192, initializer_range=0.05))
+@pytest.mark.parametrize("model_class", MODELS)
+def test_initial_weights_follow_the_paper(model_class):
+    model = model_class(replace(config(), n_embd=192, initializer_range=0.5))
     for name, p in model.named_parameters():
         if p.dim() >= 2:
-            assert float(p.std()) == pytest.approx(0.05, rel=0.1), name
+            assert float(p.detach().std()) == pytest.approx(0.5, rel=0.1), name
         else:
             assert torch.equal(p, torch.full_like(p, float("ln" in name and "weight" in name)))
 
@@ -389,8 +457,10 @@ def test_hooks_on_projections_run(name):
     projection = model.transformer.h[0].get_submodule(name)
     prune.random_unstructured(projection, "weight", 0.5)
     for _ in range(2):
-        with torch.autocast(DEVICE, torch.bfloat16), cast_once(model, torch.bfloat16):
-            loss = model(ids, labels=ids).loss
+        with torch.autocast(DEVICE, torch.bfloat16):
+            with cast_once(model, torch.bfloat16):
+                loss = model(ids, labels=ids).loss
+            assert torch.equal(model(ids, labels=ids).loss, loss)
         (gradient,) = torch.autograd.grad(loss, projection.weight_orig)
         assert not gradient[projection.weight_mask == 0].any()
         with torch.no_grad():

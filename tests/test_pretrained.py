@@ -161,6 +161,16 @@ def test_row28_a_damaged_file_is_refused_and_nothing_executed(folder, damage):
         GPT1LMHeadModel.from_pretrained(folder)
 
 
+def test_weights_given_are_written_in_any_layout(folder):
+    model = GPT1LMHeadModel.from_pretrained(folder)
+    state = {name: 2 * x for name, x in model.state_dict().items()}
+    state[FC] = state[FC].t().contiguous().t()
+    model.save_pretrained(folder, state)
+    written = load_file(folder / "model.safetensors")
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[name], x) for name, x in state.items())
+
+
 def test_row29_weights_that_cannot_be_written_are_named(folder, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("No space left on device (os error 28)")
@@ -248,6 +258,8 @@ def test_arguments_that_a_configuration_does_not_have_are_named(folder):
     assert model.score.out_features == 5
     model = GPT1TaskModel.from_pretrained(folder, extra={HEAD_KEY: "choice"})
     assert (model.head, model.config.extra["model_type"]) == ("choice", "openai-gpt")
+    read = pretrained.read_config(folder, extra={"architectures": []})
+    assert read.extra["architectures"] == []
 
 
 def test_the_dtype_is_that_of_the_weights(folder):

@@ -45,6 +45,12 @@ def test_survivors_keep_the_mean():
     assert rng.keep_scale(1.0) == 0.0
 
 
+def test_what_is_dropped_is_zero_whatever_it_was():
+    x = torch.full((9, 16), torch.inf, device=DEVICE)
+    keep = rng.keep_mask(seed_of(1), 9, 16, 0.5, 3)
+    assert torch.equal(rng.dropout(x, 0.5, seed_of(1), 3), torch.where(keep, x, 0))
+
+
 @given(st.integers(0, 3), st.integers(1, 100))
 @settings(max_examples=25, deadline=None)
 def test_packing_is_undone_and_leaves_unused_bits_zero(rows, columns):

@@ -101,10 +101,11 @@ def test_one_cast_forward_and_one_backward():
 
 
 def test_the_model_is_left_as_it_was():
-    model = model_with()
+    model = model_with(frozen=["transformer.h.0.mlp.c_fc.weight"])
     modules = [m for m in model.modules() if isinstance(m, Conv1D)]
     with cast_once(model, torch.bfloat16):
         assert {m.product_weight.dtype for m in modules} == {torch.bfloat16}
+        assert all(m.product_weight.requires_grad == m.weight.requires_grad for m in modules)
     assert all(m.product_weight is m.weight for m in modules)
     with pytest.raises(KeyError), cast_once(model, torch.bfloat16):
         raise KeyError
