@@ -45,6 +45,7 @@ class Calls(LowLevelCalls):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out, stream = super().__torch_dispatch__(function, types, args, kwargs), Stream.current
         if function is torch.ops.gpt1_kernels.dropout_mask.default:
+            assert "seeds" in stream.known, "drawn before the seeds are there"
             stream.known.add(out.data_ptr())
             if stream is not self.main:
                 self.drawn_beside.add(out.data_ptr())
@@ -64,6 +65,7 @@ def _streams(monkeypatch):
         Stream.current = before
 
     main, beside = Stream(), Stream()
+    main.known.add("seeds")
     monkeypatch.setattr(Stream, "current", main, raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current)
     monkeypatch.setattr(torch.cuda, "stream", on)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt1_kernels import ops, rng, use_backend
+from gpt1_kernels.backends.portable import dropout as portable
 from gpt1_kernels.rng import DropoutStream
 from tests.cases import DEVICE, backends_of
 
@@ -114,6 +115,13 @@ def test_every_part_of_the_counter_changes_the_bits(backend):
     for i, one in enumerate(masks):
         for other in masks[i + 1 :]:
             assert not torch.equal(one, other)
+
+
+def test_a_row_may_be_longer_than_a_chunk():
+    columns = 8 * portable.BLOCKS_PER_CHUNK + 9
+    with use_backend("portable"):
+        bits = ops.dropout_mask(seed_of(5), (2, columns), 0.5)
+    assert torch.equal(rng.unpack_bits(bits, columns), rng.keep_mask(seed_of(5), 2, columns, 0.5))
 
 
 @BACKENDS
