@@ -270,6 +270,14 @@ def test_no_rows_and_no_layers(rows, layers):
     assert model.generate(tokens(rows, 4), max_new_tokens=3).shape == (rows, 7)
 
 
+def test_activation_checkpointing_changes_no_token(model):
+    expected = model.generate(tokens(2, 4), max_new_tokens=NEW)
+    model.activation_checkpointing_enable()
+    actual = model.generate(tokens(2, 4), max_new_tokens=NEW)
+    model.activation_checkpointing_disable()
+    assert torch.equal(actual, expected)
+
+
 def test_no_logits_but_the_last_and_no_graph(model):
     seen = []
     handle = model.register_forward_hook(lambda *call: seen.append(call[-1].logits))
