@@ -190,7 +190,7 @@ class GPT1DoubleHeadsModel(Headed):
             loss and mc_loss (with their labels), logits (B, choices, T, V), mc_logits (B, choices),
             hidden_states if asked for.
         """
-        drops = self.training and self.config.summary_first_dropout > 0
+        drops = self.training and self.multiple_choice_head.dropout_p > 0
         if drops and dropout_seeds is None:
             dropout_seeds = self.dropout_stream.advance()
         output = self.transformer(
