@@ -29,7 +29,7 @@ def write_files(folder: Path, kind: str) -> Path:
         for number, text in enumerate(TEXTS):
             (folder / f"{number}.txt").write_text(f"\n {text}\n\n", encoding="utf-8")
     elif kind == "jsonl":
-        rows = [{"text": text, "id": 1} for text in ["", *TEXTS, None]]
+        rows = [{"text": text, "id": 1} for text in ["", f"\n {TEXTS[0]}\n", *TEXTS[1:], None]]
         lines = "\n\n".join(json.dumps(row) for row in rows)
         (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
     else:
@@ -84,6 +84,30 @@ def test_a_folder_is_searched_through_links_and_in_any_case(tmp_path):
     (folder / "dangling.txt").symlink_to(tmp_path / "absent")
     assert texts(Corpus([tmp_path / "source"])) == TEXTS
     assert texts(Corpus([tmp_path / "s*" / "l*" / "*.txt"])) == [*TEXTS[1:], TEXTS[0]]
+
+
+def test_of_two_ways_to_a_folder_one_is_taken_whatever_order_the_disk_has(tmp_path, monkeypatch):
+    """Nor is a link to a folder above followed further."""
+    (tmp_path / "link").symlink_to(write_files(tmp_path / "source", "txt"))
+    (tmp_path / "source" / "back").symlink_to(tmp_path)
+    walk, visited = os.walk, []
+
+    def from_the_last(*args, **options):
+        for parent, folders, names in walk(*args, **options):
+            folders.sort(reverse=True)
+            visited.append(Path(parent).name)
+            assert len(visited) < 9, "around in a circle"
+            yield parent, folders, names
+
+    monkeypatch.setattr(os, "walk", from_the_last)
+    assert {file.parent.name for file in data._files(tmp_path)} == {"link"}
+    assert visited[1:] == ["link", "back", "source"]
+
+
+def test_two_stars_lead_through_all_folders(tmp_path):
+    (tmp_path / "one").mkdir()
+    write_files(tmp_path / "one" / "below", "txt")
+    assert texts(Corpus([tmp_path / "**" / "*.txt"])) == TEXTS
 
 
 def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
@@ -259,6 +283,10 @@ def test_at_most_a_twentieth_validates_whatever_the_seed(n):
     else:
         assert 0.04 < lengths[held].sum() / lengths.sum() <= 0.05
         assert held[:40].mean() < 0.5  # from all of the text, not its first documents
+
+
+def test_documents_that_fill_the_twentieth_validate():
+    assert split([10] * 40).sum() == 2
 
 
 def test_parts_share_no_document(tmp_path):
