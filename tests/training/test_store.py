@@ -1,5 +1,6 @@
 """Stores of tokens: what is in them, when they are written, and what an interruption leaves."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -107,7 +108,9 @@ def test_other_content_has_another_store(corpus, tokenizer, tmp_path, written, m
     tokenised(changed.train, tokenizer, cache)
     monkeypatch.setattr(Tokenizer, "versions", "ftfy 99")
     tokenised(changed.train, tokenizer, cache)
-    assert len(written) == len(set(written)) == 5
+    monkeypatch.setattr(store, "FORMAT", "99")
+    tokenised(changed.train, tokenizer, cache)
+    assert len(written) == len(set(written)) == 6
 
 
 def test_the_cache_is_where_the_argument_or_the_environment_says(
@@ -115,6 +118,8 @@ def test_the_cache_is_where_the_argument_or_the_environment_says(
 ):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("GPT1_KERNELS_CACHE", raising=False)
+    tokenised(corpus.train, tokenizer)
+    monkeypatch.setenv("GPT1_KERNELS_CACHE", "")
     tokenised(corpus.train, tokenizer)
     monkeypatch.setenv("GPT1_KERNELS_CACHE", str(tmp_path / "variable"))
     tokenised(corpus.train, tokenizer)
@@ -201,6 +206,23 @@ def test_a_failure_half_way_leaves_nothing(tokenizer, tmp_path):
     with pytest.raises(OSError, match="disk on fire"):
         write(tmp_path / "cache" / "store", failing(), tokenizer)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_all_has_reached_the_disk_when_a_store_takes_its_name(tokenizer, tmp_path, monkeypatch):
+    folder, synced, opened = tmp_path / "store", [], []
+
+    def noted(file: int) -> None:
+        opened.append(file)
+        synced.append((os.fstat(file).st_ino, folder.exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write(folder, DOCUMENTS, tokenizer)
+    before = [(path.stat().st_ino, False) for path in (folder, *folder.iterdir())]
+    assert sorted(synced[:-1]) == sorted(before)
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
+    for file in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(file)
 
 
 @pytest.mark.parametrize("text", ["This is", "This is document 0, and more."])
