@@ -47,10 +47,13 @@ class Batch:
 
         All keep the length and the weights of the whole batch, so that their sums are its own. To
         be called in host memory, for it looks at the numbers.
+
+        Args:
+            parts: at most as many as there are examples.
         """
         ends = (self.members >= 0).sum(1).cumsum(0).tolist()
         first = 0
-        for examples in np.array_split(np.arange(len(ends)), min(parts, len(ends))):
+        for examples in np.array_split(np.arange(len(ends)), parts):
             here = slice(first, ends[examples[-1]])
             members = self.members[examples]
             by_sequence = ("input_ids", "extract", "lm_targets", "lm_weight")

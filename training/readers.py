@@ -100,7 +100,7 @@ def rte_pairs(file: Path) -> Iterator[Row]:
     except ElementTree.ParseError as error:
         raise ValueError(f"{file}: not XML, {error}") from None
     for pair in tree.iter("pair"):
-        row = {**pair.attrib, **{child.tag: child.text or "" for child in pair}}
+        row = {**pair.attrib, **{child.tag: child.text for child in pair}}
         if "value" in row:
             row["entailment"] = row.pop("value")
         yield f"{file}: pair {pair.get('id')}", row
