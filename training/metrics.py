@@ -111,9 +111,9 @@ def baselines(train: np.ndarray, windows: np.ndarray, vocab_size: int) -> Baseli
 
     Args:
         train: int (tokens,), which may be a memory map: memory grows with its distinct pairs.
-        windows: int (count, T); every token but a window's first is a target.
+        windows: int64 (count, T); every token but a window's first is a target.
     """
-    targets, contexts = windows[:, 1:].ravel().astype(np.int64), windows[:, :-1].ravel()
+    targets, contexts = windows[:, 1:].ravel(), windows[:, :-1].ravel()
     pairs, pair_counts = _pairs(train, vocab_size)
     followed = np.bincount(pairs // vocab_size, pair_counts, vocab_size)
     counts = followed + 1
@@ -124,7 +124,7 @@ def baselines(train: np.ndarray, windows: np.ndarray, vocab_size: int) -> Baseli
     continuation = np.bincount(pairs % vocab_size, minlength=vocab_size) + 1
     q = (continuation / continuation.sum())[targets]
 
-    wanted = contexts.astype(np.int64) * vocab_size + targets
+    wanted = contexts * vocab_size + targets
     index = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
     n_pair = np.where(pairs[index] == wanted, pair_counts[index], 0)
     n_context = followed[contexts]

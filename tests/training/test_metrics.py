@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
@@ -20,19 +20,20 @@ VOCABULARY = 12
 
 @pytest.fixture
 def corpus():
-    """Training tokens and windows; tokens 10 and 11 are in the windows alone."""
+    """Training tokens and windows; token 10 is seen once, and 11 in the windows alone."""
     rng = np.random.default_rng(0)
     train = rng.integers(0, 10, size=80).astype(np.int32)
     train[-1] = 9  # seen, but followed by nothing where no other 9 is
     train[:-1][train[:-1] == 9] = 8
+    train[40] = 10
     return train, rng.integers(0, VOCABULARY, size=(5, 13))
 
 
 def test_unigram_is_an_add_one_count(corpus):
     train, windows = corpus
-    count = Counter(train.tolist())
+    counts = Counter(train.tolist())
     logs = [
-        math.log((count[w] + 1) / (len(train) + VOCABULARY))
+        math.log((counts[w] + 1) / (len(train) + VOCABULARY))
         for window in windows.tolist()
         for w in window[1:]
     ]
@@ -60,7 +61,7 @@ def test_bigram_is_interpolated_kneser_ney(corpus):
         for c, w in pairwise(window)
     ]
     expected = math.exp(-sum(logs) / len(logs))
-    assert {9, 10, 11} <= set(windows[:, :-1].ravel())  # contexts that nothing followed
+    assert {9, 10, 11} <= set(windows[:, :-1].ravel())  # one seen once, two that nothing followed
     assert metrics.baselines(train, windows, VOCABULARY).bigram == pytest.approx(expected)
 
 
@@ -71,6 +72,12 @@ def test_the_baselines_do_not_depend_on_how_many_tokens_are_counted_at_a_time(
     whole = metrics.baselines(*corpus, VOCABULARY)
     monkeypatch.setattr(metrics, "BLOCK", block)
     assert metrics.baselines(*corpus, VOCABULARY) == whole
+
+
+def test_the_baselines_do_not_depend_on_the_type_of_the_tokens(corpus):
+    train, windows = (tokens + 300 for tokens in corpus)  # pairs beyond what the type holds
+    expected = metrics.baselines(train, windows, 400)
+    assert metrics.baselines(train.astype(np.uint16), windows, 400) == expected
 
 
 @pytest.mark.parametrize("context", [3, 9, 11], ids=["seen", "seen-last", "never"])
@@ -142,6 +149,11 @@ def test_the_log_is_a_json_object_a_line(tmp_path):
     log.write(2, loss=float("nan"))
     rows.append({"step": 2, "loss": None})
     assert [json.loads(line) for line in log.path.read_text().splitlines()] == rows
+
+
+def test_the_measured_peak_counts_a_product_and_a_sum(monkeypatch):
+    monkeypatch.setattr(metrics.time, "perf_counter", count().__next__)  # a second each
+    assert metrics.measured_peak("cpu", "fp32") == 2 * 1024**3
 
 
 def test_the_measured_peak_is_a_speed():
