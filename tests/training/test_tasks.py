@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from training import examples, readers
 from training.batches import Buckets
 from training.examples import Example, chosen, load
 from training.tasks import LETTERS, STS_COLUMNS, TASKS, Custom, custom_task
@@ -291,6 +292,8 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
     race = load(TASKS["race"], written(tmp_path / "race", FORMS["race"][1]))
     ids = [("m", "middle1.txt")] * 2 + [("h", "high1.txt")] * 2
     assert [(e.subset, e.id) for e in race.test] == ids
+    (tmp_path / "2.txt").write_text(json.dumps({k: x for k, x in PASSAGE.items() if k != "id"}))
+    assert [row["id"] for _, row in readers.race_passage(tmp_path / "2.txt")] == ["2.txt"] * 2
     cloze = load(TASKS["storycloze"], written(tmp_path / "cloze", FORMS["storycloze"][1]))
     assert [e.id for e in cloze.test] == ["b-7"]
 
@@ -332,6 +335,9 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
          jsonl({"article": "a", "question": "b", "options": [], "answer": "A"}),
          r"race.jsonl:1: no answers"),
         ("race", "race.jsonl",
+         jsonl({"article": "a", "question": "b", "options": None, "answer": "A"}),
+         r"race.jsonl:1: options is no list of answers"),
+        ("race", "race.jsonl",
          jsonl({"article": "a", "question": "b", "options": ["x", ""], "answer": "A"}),
          r"race.jsonl:1: an answer is empty"),
         ("race", "race.jsonl",
@@ -350,6 +356,25 @@ def test_row31_a_mistake_is_named_with_file_and_line(tmp_path, task, file, conte
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\nfine\t1\n")
     with pytest.raises(ValueError, match=message):
         load(TASKS[task], tmp_path)
+
+
+def test_without_the_validation_file_of_a_form_examples_are_held_out(tmp_path):
+    rows = "".join(f"text {number}\t1\n" for number in range(20))
+    (tmp_path / "train.tsv").write_text(rows)
+    data = load(TASKS["sst2"], tmp_path)
+    assert (len(data.train), len(data.validation), data.held_out) == (18, 2, True)
+
+
+def test_a_text_that_is_a_columns_name_makes_no_header(tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("fine\t1\nsentence\t0\n")
+    assert [e.texts for e in load(TASKS["sst2"], tmp_path).train] == [("fine",), ("sentence",)]
+
+
+def test_other_line_breaks_of_unicode_end_no_line(tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_bytes("a\rb\t1\r\nc\u2028d\t0\n".encode())
+    assert [e.texts for e in load(TASKS["sst2"], tmp_path).train] == [("a\rb",), ("c\u2028d",)]
 
 
 def test_a_race_passage_with_lists_of_different_lengths_is_refused(tmp_path):
@@ -386,6 +411,19 @@ def test_bad_rows_are_left_out_on_request_and_reported(tmp_path):
         "train.tsv:3: sentence is empty or not a text",
         "train.tsv:4: 1 cells, expected the 2 of sentence, label",
     ]
+
+
+def test_all_files_of_a_pattern_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
+    files = {
+        f"{split}/high/{number}.txt": json.dumps({**PASSAGE, "id": number})
+        for split in ("train", "dev") for number in "213"
+    }  # fmt: skip
+    find = examples.glob.glob
+    monkeypatch.setattr(
+        examples.glob, "glob", lambda *args, **options: sorted(find(*args, **options))[::-1]
+    )
+    race = load(TASKS["race"], written(tmp_path, files))
+    assert [example.id for example in race.train] == list("112233")
 
 
 def test_subsets_that_are_not_there_are_not_missed(tmp_path):
@@ -530,7 +568,7 @@ CUSTOM_FILES = {
         {"q": "Is?", "a1": "x", "a2": "y", "a3": "z", "meta": {"right": "C"}},
         {"q": "Was?", "a1": "x", "a2": "y", "a3": None, "meta": {"right": "A"}},
     ),
-    "d.tsv": "q\ta1\ta2\ta3\tright\nIs?\tx\ty\tz\t2\nWas?\tx\ty\t\t0\n",
+    "d.tsv": "q\ta1\ta2\ta3\tright\nIs?\tx\ty\tz\t2\nWas?\tx\t\t\t0\n",
 }
 
 
@@ -554,7 +592,7 @@ CUSTOM_FILES = {
         (
             {"kind": "choice", "train": "d.tsv", "texts": ("q",), "answers": ("a1", "a2", "a3"),
              "label": "right", "labels": ("0", "1", "2")},
-            ("0", "1", "2"), [(("Is?",), ("x", "y", "z"), 2), (("Was?",), ("x", "y"), 0)],
+            ("0", "1", "2"), [(("Is?",), ("x", "y", "z"), 2), (("Was?",), ("x",), 0)],
         ),
         (
             {"kind": "choice", "train": "e.jsonl", "texts": ("q",), "answers": ("a1", "a2", "a3"),
@@ -579,6 +617,29 @@ def test_a_custom_task_needs_no_code(tmp_path, custom, labels, expected):
     assert task.labels == labels
     assert [(e.texts, e.answers, e.label) for e in data.train] == expected
     assert data.train == data.validation == data.test
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [("\tx\ty", "an answer is empty"), ("x\ty\tz", "3 answers, but names for 2")],
+)
+def test_answers_without_a_text_or_a_name_are_refused(tmp_path, answers, message):
+    file = tmp_path / "a.tsv"
+    file.write_text(f"q\ta1\ta2\ta3\tright\nIs?\t{answers}\t1\n")
+    custom = Custom(
+        "choice", file, file, texts=("q",), answers=("a1", "a2", "a3"), label="right",
+        labels=("0", "1"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        load(custom_task(custom), Path())
+
+
+def test_a_custom_score_is_finite(tmp_path):
+    file = tmp_path / "a.tsv"
+    file.write_text("one\tother\tlabel\nA cat.\tA dog.\tinf\n")
+    custom = Custom("similarity", file, file, texts=("one", "other"))
+    with pytest.raises(ValueError, match="label is 'inf', expected a number"):
+        load(custom_task(custom), Path())
 
 
 @pytest.mark.parametrize(
@@ -609,8 +670,8 @@ def test_a_custom_label_that_is_blank_is_none_and_a_blank_line_is_no_row(
     assert [note.split(": ")[0] for note in data.notes] == ["skipped"]
 
 
-def test_a_cell_of_a_csv_file_may_be_long(tmp_path):
-    (tmp_path / "a.csv").write_text(f"text,label\n{'long ' * 40_000},x\n")
+def test_a_cell_of_a_csv_file_may_be_of_many_lines(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\n"' + "long\n" * 40_000 + '",x\n')
     custom = Custom(train=tmp_path / "a.csv", validation=tmp_path / "a.csv")
     assert len(load(custom_task(custom), Path()).train[0].texts[0]) == 200_000
 

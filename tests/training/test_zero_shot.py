@@ -106,7 +106,7 @@ it
 The bee,a Fit Bee
 a fit bee
 
-Ann saw Bo, she ran.
+Ann saw the shed of Bo, she ran.
 she
 Ann,Bo
 Ann
@@ -120,7 +120,7 @@ def test_pronouns_are_found_as_words(tmp_path, end):
         Example(
             ("The bee sat on", "and a fit bee because it had pollen."), ("The bee", "a Fit Bee"), 1
         ),
-        Example(("Ann saw Bo,", "ran."), ("Ann", "Bo"), 0),
+        Example(("Ann saw the shed of Bo,", "ran."), ("Ann", "Bo"), 0),
     ]
 
 
