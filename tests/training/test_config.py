@@ -45,7 +45,7 @@ def test_what_is_given_is_kept():
     given = PretrainConfig(
         preset="gpt1", data=("x",), out=Path("y"), steps=7, batch_size=6, accumulate=3,
         vocab_size=99, learning_rate=1.0, warmup=0, weight_decay=0.0, clip=2.0, eval_every=5,
-        sample_every=4, checkpoint_every=3,
+        sample_every=4, checkpoint_every=3, keep=0,
         device="cpu", seed=2**63 - 1, backend="portable", dtype="bf16", compile=True,
     )  # fmt: skip
     assert complete(given) == given
@@ -56,6 +56,11 @@ def test_a_short_run_warms_up_over_a_quarter(steps, warmup):
     config = complete(PretrainConfig(steps=steps, device="cpu"))
     assert config.warmup == warmup
     assert config.eval_every == max(1, steps // 10)
+
+
+def test_a_run_may_warm_up_to_its_end_and_is_sampled_when_it_is_validated():
+    config = complete(PretrainConfig(steps=50, warmup=50, eval_every=3, device="cpu"))
+    assert (config.warmup, config.sample_every) == (50, 3)
 
 
 def test_the_folder_is_the_first_that_is_free():
@@ -124,9 +129,12 @@ def test_a_size_beside_a_tokenizer_is_refused():
         complete(PretrainConfig(device="cpu", vocab_size=5000, tokenizer=Path("x")))
 
 
-@pytest.mark.parametrize("data", [".", "runs", "r*"], ids=["above", "itself", "pattern"])
+@pytest.mark.parametrize(
+    "data", [".", "runs", "r*", "link"], ids=["above", "itself", "pattern", "link"]
+)
 def test_a_folder_of_text_that_would_hold_the_run_is_refused(data):
     Path("runs").mkdir()
+    Path("link").symlink_to("runs")
     with pytest.raises(ValueError, match=f"--out: runs, in --data {re.escape(data)}, which would"):
         complete(PretrainConfig(device="cpu", data=("elsewhere", data), out=Path("runs")))
 

@@ -14,6 +14,7 @@ def test_the_picture_shows_what_was_logged(tmp_path, monkeypatch, updates):
     log.write(step=0, validation_loss=9.0)
     for step in range(updates):
         log.write(step=step, loss=8.0 - step, learning_rate=0.1 * step)
+    log.write(step=updates, loss=float("nan"))
     figures = []
     monkeypatch.setattr(plots.plt, "close", figures.append)
     plots.plot_runs([tmp_path], tmp_path / "loss.png")
@@ -26,6 +27,22 @@ def test_the_picture_shows_what_was_logged(tmp_path, monkeypatch, updates):
     assert [*map(list, bottom.lines[0].get_data())] == [steps, [0.1 * step for step in steps]]
     plots.plt.close(figures[0])
     assert matplotlib.image.imread(tmp_path / "loss.png").std() > 0
+
+
+def test_two_runs_are_told_apart(tmp_path, monkeypatch):
+    for run in (tmp_path / "a", tmp_path / "b"):
+        run.mkdir()
+        MetricsLog(run).write(step=0, loss=8.0, validation_loss=9.0, learning_rate=0.1)
+    figures = []
+    monkeypatch.setattr(plots.plt, "close", figures.append)
+    plots.plot_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "loss.png")
+    monkeypatch.undo()
+    top, bottom = figures[0].axes
+    names = [text.get_text() for text in top.get_legend().get_texts()]
+    assert names == ["a, training", "a, validation", "b, training", "b, validation"]
+    colours = [line.get_color() for axis in (top, bottom) for line in axis.lines]
+    assert colours == ["C0", "C0", "C1", "C1", "C0", "C1"]
+    plots.plt.close(figures[0])
 
 
 @pytest.mark.parametrize(
