@@ -261,7 +261,7 @@ def custom_task(custom: Custom) -> Task:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: too few or too many texts, a label twice, or a training file that cannot be
-            read.
+            read or has no class.
     """
     files = {split: getattr(custom, split) for split in SPLITS}
     for split, file in files.items():
@@ -297,4 +297,6 @@ def _classes(file: Path, column: str) -> tuple[str, ...]:
         if isinstance(row, Mapping):
             with contextlib.suppress(readers.RowError):
                 found.add(written(cell(where, row, column)))
+    if found == {""}:  # no classes would make it a regression
+        raise ValueError(f"--custom.label: {column} is empty in all of {file}, expected classes")
     return tuple(sorted(found - {""}))

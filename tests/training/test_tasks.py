@@ -685,10 +685,11 @@ def test_a_cell_of_a_csv_file_may_be_of_many_lines(tmp_path):
         ({"train": "a.csv", "kind": "choice", "texts": ()}, "expected 1 or 2 for choice"),
         ({"train": "a.csv", "labels": ("x", "y", "x")}, "--custom.labels: x y x, expected each"),
         ({"train": "a.txt", "texts": ("a",)}, "a.txt: expected a name that ends in .tsv, .csv"),
+        ({"train": "blank.csv"}, "--custom.label: label is empty in all of .*blank.csv, expected"),
     ],
 )
 def test_custom_options_that_do_not_fit_are_named(tmp_path, options, message):
-    written(tmp_path, CUSTOM_FILES | {"a.txt": "x"})
+    written(tmp_path, CUSTOM_FILES | {"a.txt": "x", "blank.csv": "text,label\none,\ntwo, \n"})
     if "train" in options:
         options = {**options, "train": tmp_path / options["train"]}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
