@@ -143,7 +143,7 @@ def finetune_variants(config: AblationsConfig, task: str) -> Comparison:
     setup, results = setups[config.model], {}
     for name, changes in variants(config, setup.shape.n_layer).items():
         own = recipe(config, task, out=config.out / task / name, **changes)
-        results[name] = finetune_seeds(own, setups[own.model])
+        results[name] = finetune_seeds(own, setups[own.model], config.out)
     examples = {"training": len(setup.train), "validation": len(setup.validation)}
     return compare(task, setup.task.scores[0], examples, results)
 

@@ -76,16 +76,23 @@ def seeds_of(config: FinetuneConfig) -> range:
     return range(config.seed, config.seed + config.seeds)
 
 
-def finetune_seeds(config: FinetuneConfig, setup: Setup) -> list[dict]:
-    """A run for each seed, into the folders `seed-N` of `config.out`. Returns their results."""
+def finetune_seeds(config: FinetuneConfig, setup: Setup, goes_on: Path | None = None) -> list[dict]:
+    """A run for each seed, into the folders `seed-N` of `config.out`. Returns their results.
+
+    Args:
+        goes_on: the --out with which all of it goes on after a signal; by default `config.out`.
+    """
     return [
-        finetune(replace(config, seed=seed, out=config.out / f"seed-{seed}"), setup)
+        finetune(
+            replace(config, seed=seed, out=config.out / f"seed-{seed}"), setup,
+            goes_on or config.out,
+        )
         for seed in seeds_of(config)
-    ]
+    ]  # fmt: skip
 
 
-def finetune(config: FinetuneConfig, setup: Setup) -> dict:
-    """One run, with one seed. Returns what `result.json` holds."""
+def finetune(config: FinetuneConfig, setup: Setup, goes_on: Path | None = None) -> dict:
+    """One run, with one seed. Returns what `result.json` holds. See `finetune_seeds`."""
     checkpoint = run.open_run(config)
     out, start = config.out, 0 if checkpoint is None else checkpoint.step
     task, data, tokenizer = setup.task, setup.data, setup.tokenizer
@@ -179,7 +186,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
                     if stop.received and done < total:
                         writer.wait()
                         bar.close()
-                        stop.end_process(done, out)
+                        stop.end_process(done, goes_on or out)
                 examples, clock = 0, time.perf_counter()
         writer.wait()
 
@@ -204,7 +211,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict:
     run.write_json(out / run.RESULT, result)
     print_result(result)
     if stop.received and config.seeds > 1:  # too late for this run, not for those after it
-        stop.end_process(total, out)
+        stop.end_process(total, goes_on or out)
     return result
 
 

@@ -171,7 +171,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def end_process(self, step: int, out: Path) -> NoReturn:
-        """Says where the run in `out` was saved, and ends with the signal's exit status."""
+        """Says where the run was saved and which --out continues it; the signal's exit status."""
         print(f"{self.received.name}: saved at step {step}; --out {out} goes on there")
         sys.exit(128 + self.received)
 

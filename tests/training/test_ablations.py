@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +155,19 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(out, settings):
     (out / "ablations.json").unlink()
     assert sweep(settings(out=out)).starts.keys() == {"openbookqa/scratch/seed-8"}
     assert (out / "ablations.json").read_text() == before
+
+
+def test_a_signal_names_the_folder_of_the_sweep(settings, tmp_path, monkeypatch, capsys):
+    original = finetune.apply_losses
+
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **options)
+
+    monkeypatch.setattr(finetune, "apply_losses", interrupted)
+    with pytest.raises(SystemExit):
+        ablations.main(settings(out=tmp_path))
+    assert f"saved at step 1; --out {tmp_path} goes on there\n" in capsys.readouterr().out
 
 
 def test_another_recipe_is_refused(out, settings):

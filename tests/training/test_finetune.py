@@ -568,21 +568,32 @@ def test_several_seeds_are_run_and_summarised(settings, capsys):
     assert "accuracy over 3 seeds: median" in capsys.readouterr().out
 
 
-def test_a_signal_at_the_end_of_a_seed_keeps_the_next_from_starting(settings, monkeypatch, capsys):
-    config, original = settings(seeds=2, epochs=1), finetune.scores.baseline
+@pytest.mark.parametrize(
+    ("module", "name", "then"),
+    [
+        (finetune, "apply_losses", "resumed from step 1 "),
+        (finetune.scores, "baseline", "finished already, at step 6 of 6"),
+    ],
+    ids=["first-update", "end"],
+)
+def test_a_signal_in_a_seed_keeps_the_next_from_starting(
+    settings, monkeypatch, capsys, module, name, then
+):
+    config, original = settings(seeds=2, epochs=1), getattr(module, name)
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.scores, "baseline", interrupted)
+        patch.setattr(module, name, interrupted)
         with pytest.raises(SystemExit) as stopped:
             finetune.main(config)
     assert stopped.value.code == 128 + signal.SIGTERM
+    assert f"--out {config.out} goes on there\n" in capsys.readouterr().out  # not that of the seed
     assert [path.name for path in config.out.iterdir()] == ["seed-0"]
     finetune.main(config)
-    assert "finished already, at step 6 of 6" in capsys.readouterr().out
+    assert then in capsys.readouterr().out
     assert (config.out / "summary.json").is_file()
 
 
