@@ -304,6 +304,9 @@ def _hold_out(
     from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
     if count is not None:  # as in datasets.py of openai/finetune-transformer-lm
+        if len(examples) <= count:
+            raise ValueError(f"train: {len(examples)} examples, expected more than the {count} "
+                             "that are held out to validate on")  # fmt: skip
         train, held = train_test_split(
             np.arange(len(examples)), test_size=count, random_state=SPLIT_SEED
         )

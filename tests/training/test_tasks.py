@@ -348,6 +348,8 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
         ("storycloze", "cloze_test_val__spring2016.csv", f'{CLOZE}\n1,"a\n',
          r"cloze_test_val__spring2016.csv:2: unexpected end of data"),
         ("storycloze", "cloze_test_val__spring2016.csv", f"{CLOZE}\n1,a,b\n", r"csv:2: 3 cells"),
+        ("storycloze", "cloze_test_val__spring2016.csv", f"{CLOZE}\n{STORY.format(id=1, right=1)}",
+         r"train: 1 examples, expected more than the 374 that are held out"),
     ],
 )  # fmt: skip
 def test_row31_a_mistake_is_named_with_file_and_line(tmp_path, task, file, content, message):
