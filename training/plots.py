@@ -47,7 +47,7 @@ def plot_runs(runs: Sequence[Path], picture: Path) -> None:
             rows.append(row)
         if not rows:
             raise ValueError(f"{file}: empty, expected the log of a run")
-        name = f"{_plain(run.name)}, " if len(runs) > 1 else ""
+        name = f"{_plain(run.absolute().name)}, " if len(runs) > 1 else ""
         for axis, key, label, style in (
             (top, "loss", "training", {"linewidth": 0.8, "alpha": 0.5}),
             (top, "validation_loss", "validation", {"marker": "o", "markersize": 3}),

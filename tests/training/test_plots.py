@@ -1,5 +1,7 @@
 """The picture of a run."""
 
+from pathlib import Path
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -30,12 +32,14 @@ def test_the_picture_shows_what_was_logged(tmp_path, monkeypatch, updates):
 
 
 def test_two_runs_are_told_apart(tmp_path, monkeypatch):
-    for run in (tmp_path / "a", tmp_path / "b"):
-        run.mkdir()
-        MetricsLog(run).write(step=0, loss=8.0, validation_loss=9.0, learning_rate=0.1)
+    """By name, also where one is the working directory, and by colour."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        MetricsLog(tmp_path / name).write(step=0, loss=8.0, validation_loss=9.0, learning_rate=0.1)
+    monkeypatch.chdir(tmp_path / "a")
     figures = []
     monkeypatch.setattr(plots.plt, "close", figures.append)
-    plots.plot_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "loss.png")
+    plots.plot_runs([Path(), Path("../b")], tmp_path / "loss.png")
     monkeypatch.undo()
     top, bottom = figures[0].axes
     names = [text.get_text() for text in top.get_legend().get_texts()]
