@@ -265,6 +265,14 @@ def test_an_evaluation_has_no_tensor_that_wants_a_gradient():
     assert asked == [False]
 
 
+def test_cut_cross_entropy_computes_all_of_the_gradient(monkeypatch):
+    """By default it left out half of the tiles at V = 128256; the check of peers allowed that."""
+    (peer,) = (p for p in PEERS["linear_cross_entropy"] if p.name == "cut-cross-entropy")
+    module = SimpleNamespace(linear_cross_entropy=lambda *args, **options: options)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
+    assert peer.run(None, h=None, w=None, targets=None) == {"filter_eps": None}
+
+
 def test_models_are_compiled_as_if_no_op_had_been_compared():
     config = torch._functorch.config
     with config.patch(donated_buffer=True):
