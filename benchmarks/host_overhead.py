@@ -13,8 +13,8 @@ the two alternate, and their medians are compared.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
@@ -216,7 +216,10 @@ def _allocating(taken: Sequence[Tensor], made: Sequence[Tensor]) -> Callable:
 
 
 if __name__ == "__main__":
-    backend = (sys.argv[1:] or ["triton"])[0]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    backends_of_kernels = ("triton", "cuda_host", "cuda")
+    parser.add_argument("backend", nargs="?", choices=backends_of_kernels, default="triton")
+    backend = parser.parse_args().backend
     title = f"{backend}, µs a call"
     print(f"{title:30}{'beyond empty':>14}{'empty':>10}")
     for op, (overhead, empty) in host_overhead(backend).items():

@@ -10,8 +10,8 @@ parameters, starts several kernels.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
@@ -139,4 +139,6 @@ def table(backend: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table((sys.argv[1:] or ["triton"])[0]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("backend", nargs="?", choices=("triton", "cuda_host"), default="triton")
+    print(table(parser.parse_args().backend))

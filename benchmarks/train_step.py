@@ -8,10 +8,10 @@ state.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -208,5 +208,8 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    library, dtype, dropout = sys.argv[1:]
-    print(f"{peak_megabytes(library, dtype, float(dropout)):.0f}")
+    parser = argparse.ArgumentParser(description="Peak memory of two updates on a CPU, in MB.")
+    parser.add_argument("library", choices=sorted({side.library for side in SIDES.values()}))
+    parser.add_argument("dtype", choices=DTYPES)
+    parser.add_argument("dropout", type=float)
+    print(f"{peak_megabytes(**vars(parser.parse_args())):.0f}")

@@ -10,6 +10,7 @@ switched off once it is on.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -102,4 +103,7 @@ def compile_all(capability: int, dtype: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]), sys.argv[2])))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("capability", type=int, choices=SHARED_MEMORY)
+    parser.add_argument("dtype", choices=("bfloat16", "float16", "float32"))
+    print(json.dumps(compile_all(**vars(parser.parse_args()))))
