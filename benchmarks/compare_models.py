@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -80,7 +82,7 @@ class ModelComparison:
     results: dict[str, list[ModelResult]]
     """By pass."""
     problems: dict[str, Exception]
-    """Of the sides that raised, or were wrong: they are not timed."""
+    """Of the sides that raised, were wrong, or came too late: they are not timed."""
 
 
 def compare_models(
@@ -91,8 +93,13 @@ def compare_models(
     passes: tuple[str, ...],
     rounds: int,
     sides: Mapping[str, Side] = SIDES,
+    until: float = inf,
 ) -> ModelComparison:
-    """Checks every side, and times those that are right."""
+    """Checks every side, and times those that are right.
+
+    Args:
+        until: of `time.monotonic`; later no side is begun, and no round but the first.
+    """
     torch.compiler.reset()
     input_ids, full, plain = size.draw(device), size.config(dropout), size.config(0.0)
     expected = oracle(plain, input_ids[:2])
@@ -100,6 +107,8 @@ def compare_models(
     calls, tokens, problems = {}, {PRODUCTS: input_ids.numel()}, {}
     for name, side in sides.items():
         try:
+            if time.monotonic() > until:
+                raise TimeoutError("the sides before it took all of the time")
             check(side, plain, dtype, input_ids[:2], expected)
             calls[name], tokens[name] = _fitting_calls(side, full, dtype, input_ids, passes[-1])
         except Exception as problem:  # a peer may raise anything; the others are timed all the same
@@ -114,7 +123,7 @@ def compare_models(
         functions = {name: call[each] for name, call in calls.items()}
         if each == "step":
             functions[PRODUCTS] = products
-        seconds = samples(functions, device, rounds)
+        seconds = samples(functions, device, rounds, until)
         results[each] = [
             ModelResult(
                 name, _kind(sides.get(name)), tuple(seconds[name]), tokens[name],

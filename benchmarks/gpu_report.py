@@ -107,7 +107,8 @@ def run_together(names: Sequence[str], device: str, left: float) -> dict[str, Ou
 def run(name: str, device: str, seconds: float) -> Outcome:
     """A part; on a GPU in a process of its own."""
     if device == "cuda":
-        return run_apart(["-m", "benchmarks.report_parts", name, device], seconds, ROOT)
+        arguments = ["-m", "benchmarks.report_parts", name, device, str(seconds)]
+        return run_apart(arguments, seconds, ROOT)
     found, problem, start = [], None, time.monotonic()
     try:
         PARTS[name].run(PLANS[device], found.append)

@@ -1,8 +1,9 @@
 """The parts of a report: each measures something and hands over what it finds, as it finds it.
 
-    python -m benchmarks.report_parts layer_norm cuda FILE
+    python -m benchmarks.report_parts layer_norm cuda SECONDS FILE
 
-runs one and appends JSON objects to FILE. `benchmarks/gpu_report.py` runs them all.
+runs one and appends JSON objects to FILE. `benchmarks/gpu_report.py` runs them all, and ends one
+that takes longer than its SECONDS.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from math import inf
 from pathlib import Path
 
 import torch
@@ -45,6 +47,7 @@ PACKAGES = (
 UPDATES = 5  # that follow one another
 REASON = 300  # characters of what a peer raised
 NO_TESTS = 5  # pytest's exit code where it selects none
+BEGINNING = 2 / 3  # of a part's time: the rest is for what was begun by then
 
 Emit = Callable[[dict], None]
 
@@ -71,6 +74,8 @@ class Plan:
     rounds: int
     step_rounds: int
     host_rounds: int
+    until: float = inf
+    """Of `time.monotonic`: later no other update is begun."""
 
 
 BACKENDS = "triton", "cuda"
@@ -209,7 +214,7 @@ def rehearse(*names: str) -> Callable[[Plan, Emit], None]:
         if not plan.compiles:
             return emit({"left_out": {"compiling ahead": "nothing of it is used on a CPU"}})
         sides = {n: s for n, s in plan.sides.items() if s.compiled or s.backend == "triton"}
-        once = replace(plan, rounds=1, step_rounds=1, host_rounds=1, sides=sides)
+        once = replace(plan, rounds=1, step_rounds=1, host_rounds=1, sides=sides, until=inf)
         for name in names:
             start = time.monotonic()
             PARTS[name].run(once, lambda found: None)
@@ -265,7 +270,7 @@ def _compare_updates(plan: Plan, sides: dict[str, Side], emit: Emit) -> None:
     }
     present = {name: side for name, side in sides.items() if name not in absent}
     found = compare_models(
-        plan.size, plan.dtype, 0.1, plan.device, ("step",), plan.step_rounds, present
+        plan.size, plan.dtype, 0.1, plan.device, ("step",), plan.step_rounds, present, plan.until
     )
     for result in found.results["step"]:
         emit(asdict(result))
@@ -368,12 +373,14 @@ def _output(*command: str | None) -> str | None:
         return None
 
 
-def main(name: str, device: str, file: str) -> None:
+def main(name: str, device: str, seconds: str, file: str) -> None:
+    until = time.monotonic() + BEGINNING * float(seconds)
+
     def emit(found: dict) -> None:
         with open(file, "a") as lines:
             lines.write(json.dumps(found) + "\n")
 
-    PARTS[name].run(PLANS[device], emit)
+    PARTS[name].run(replace(PLANS[device], until=until), emit)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -52,14 +53,21 @@ def measure(
 
 
 def samples(
-    functions: Mapping[str, Callable[[], object]], device: torch.device | str, rounds: int
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device | str,
+    rounds: int,
+    until: float = inf,
 ) -> dict[str, list[float]]:
-    """As `measure`, but the seconds of each round."""
+    """As `measure`, but the seconds of each round.
+
+    Args:
+        until: of `time.monotonic`; no round but the first starts later.
+    """
     for function in functions.values():
         function()
     with no_garbage_collection():
         on_gpu = torch.device(device).type == "cuda"
-        return (_on_gpu if on_gpu else _on_cpu)(functions, rounds)
+        return (_on_gpu if on_gpu else _on_cpu)(functions, _rounds(rounds, until))
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str) -> int | None:
@@ -74,9 +82,16 @@ def peak_memory(function: Callable[[], object], device: torch.device | str) -> i
     return torch.cuda.max_memory_allocated() - before
 
 
-def _on_cpu(functions: Mapping[str, Callable], rounds: int) -> dict[str, list[float]]:
+def _rounds(count: int, until: float) -> Iterator[int]:
+    for i in range(count):
+        if i > 0 and time.monotonic() > until:
+            return
+        yield i
+
+
+def _on_cpu(functions: Mapping[str, Callable], rounds: Iterator[int]) -> dict[str, list[float]]:
     seconds = {name: [] for name in functions}
-    for _ in range(rounds):
+    for _ in rounds:
         for name, function in functions.items():
             start = time.perf_counter()
             function()
@@ -84,7 +99,7 @@ def _on_cpu(functions: Mapping[str, Callable], rounds: int) -> dict[str, list[fl
     return seconds
 
 
-def _on_gpu(functions: Mapping[str, Callable], rounds: int) -> dict[str, list[float]]:
+def _on_gpu(functions: Mapping[str, Callable], rounds: Iterator[int]) -> dict[str, list[float]]:
     cache = torch.cuda.get_device_properties().L2_cache_size
     larger_than_cache = torch.zeros(4 * cache, dtype=torch.int8, device="cuda").view(torch.int32)
 
@@ -110,7 +125,7 @@ def _on_gpu(functions: Mapping[str, Callable], rounds: int) -> dict[str, list[fl
 
     waits = {name: enough_wait(function) for name, function in functions.items()}
     events = {name: [] for name in functions}
-    for _ in range(rounds):
+    for _ in rounds:
         for name, function in functions.items():
             events[name].append(launch(function, waits[name]))
     torch.cuda.synchronize()

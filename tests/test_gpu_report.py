@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the report itself runs here", allow_module_level=True)
 
-from benchmarks import gpu_report, record, report_parts
+from benchmarks import compare_models, gpu_report, record, report_parts
 from benchmarks.apart import Outcome, run_apart
 from benchmarks.report_page import markdown, write_page
 from benchmarks.report_parts import PARTS, ROOT, TINY
@@ -375,6 +375,27 @@ def test_an_update_on_a_backend_that_is_not_here_is_left_out():
     assert found[-1]["wrong"] == []
 
 
+def test_updates_that_take_their_time_lose_none_that_were_made(monkeypatch, tmp_path):
+    """A comparison hands over at its end: what is killed before has lost all of its sides."""
+    sides = {name: Side("gpt1_kernels", backend="portable") for name in ("one", "two", "three")}
+    monkeypatch.setitem(report_parts.PLANS, "cpu", replace(TINY, sides=sides, step_rounds=50))
+    clock, make_calls = [0.0], compare_models.make_calls
+
+    def making(*args):
+        clock[0] += 50
+        return make_calls(*args)
+
+    monkeypatch.setattr(compare_models, "make_calls", making)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    report_parts.main("step", "cpu", "120", str(tmp_path / "lines"))
+    *rows, last = map(json.loads, (tmp_path / "lines").read_text().splitlines())
+    assert {row["implementation"]: len(row["seconds"]) for row in rows} == {
+        "one": 1, "two": 1, "bare products": 1
+    }  # fmt: skip
+    assert last["left_out"].keys() == {"three"}
+    assert "took all of the time" in last["left_out"]["three"]
+
+
 def _is_running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
@@ -385,7 +406,7 @@ def _is_running(pid: int) -> bool:
 
 def test_a_part_by_its_name_appends_to_a_file(tmp_path):
     """As `run_apart` calls it."""
-    report_parts.main("ceilings", "cpu", str(tmp_path / "lines"))
+    report_parts.main("ceilings", "cpu", "20", str(tmp_path / "lines"))
     (line,) = (tmp_path / "lines").read_text().splitlines()
     assert json.loads(line).keys() == {"bandwidth", "rate"}
 
