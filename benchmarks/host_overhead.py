@@ -101,15 +101,15 @@ def host_overhead(backend: str, rounds: int = ROUNDS) -> dict[str, tuple[float, 
     results = {}
     with torch.device(device):
         all_calls = calls()
-    with use_backend(backend), _launching_nothing(backend) if device == "cpu" else nullcontext():
+    kernels = _launching_nothing(backend) if device == "cpu" else nullcontext()
+    with use_backend(backend), kernels, no_garbage_collection():
         for name, call in all_calls.items():
             pair = call, _empty(call)
             douts = [torch.ones_like(function(*leaves)) for function, leaves in pair]
             times = [], []
-            with no_garbage_collection():
-                for _ in range(WARMUP_ROUNDS + rounds):
-                    for one, dout, of_one in zip(pair, douts, times, strict=True):
-                        of_one.append(_microseconds(one, dout))
+            for _ in range(WARMUP_ROUNDS + rounds):
+                for one, dout, of_one in zip(pair, douts, times, strict=True):
+                    of_one.append(_microseconds(one, dout))
             ours, empty = (median(of_one[WARMUP_ROUNDS:]) for of_one in times)
             results[name] = ours - empty, empty
     return results
