@@ -39,6 +39,7 @@ from gpt1_kernels.backends import unavailable_reason
 from gpt1_kernels.backends.cuda import extension
 
 ROOT = Path(__file__).resolve().parents[1]
+PARITY_TESTS = ROOT / "tests/test_parity.py"
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "liger-kernel", "flash-attn", "flash-attn-4",
     "quack-kernels", "cut-cross-entropy",
@@ -177,7 +178,7 @@ def parity(plan: Plan, emit: Emit) -> None:
         running = []
         for pattern in plan.parity:
             output = files.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-            arguments = ["tests/test_parity.py", "-k", pattern]
+            arguments = [PARITY_TESTS, "-k", pattern]
             process = subprocess.Popen(
                 [*command, *arguments], cwd=ROOT, stdout=output, preexec_fn=end_with_parent
             )

@@ -1,5 +1,6 @@
 """Where there is no GPU, Triton's kernels run in its interpreter; memory starts out as NaN."""
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -19,6 +20,15 @@ from gpt1_kernels import backends
 def pytest_collection_modifyitems(items):
     """Leaves out what a backend refuses: fp32 products, of kernels with the matrix units alone."""
     items[:] = [item for item in items if not _is_refused(getattr(item, "callspec", None))]
+
+
+def pytest_collection_finish():
+    """What is imported is no garbage: each collection looked for it in all of PyTorch."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def _is_refused(callspec) -> bool:

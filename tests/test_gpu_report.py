@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the report itself runs here", allow_module_level=True)
 
-from benchmarks import compare_models, gpu_report, record, report_parts
+from benchmarks import compare_models, gpu_report, record, report_page, report_parts
 from benchmarks.apart import Outcome, run_apart
 from benchmarks.report_page import markdown, write_page
 from benchmarks.report_parts import PARTS, ROOT, TINY
@@ -38,6 +38,13 @@ def whole(tmp_path_factory):
     status, found = report(folder)
     assert status == 0, record.failures(found)
     return folder, found
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """They take a second each; `whole` has them."""
+    for name in ("draw_roofline", "draw_peers"):
+        monkeypatch.setattr(report_page, name, lambda *_: None)
 
 
 def test_every_part_finds_something(whole):
@@ -82,6 +89,7 @@ def test_the_page_says_that_it_is_of_a_cpu_and_has_the_tables(whole):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_part_that_is_run_again_replaces_its_own(whole):
     folder, before = whole
     status, found = report(folder, "--only", "layer_norm", "--commit", "another")
@@ -97,6 +105,7 @@ def stub(monkeypatch, **parts) -> None:
         monkeypatch.setitem(PARTS, name, report_parts.Part(run, 10))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path, monkeypatch, capsys):
     def failing(plan, emit):
         emit({"bandwidth": 1e9, "rate": 1e9})
@@ -332,8 +341,10 @@ def test_no_parity_test_outlives_its_part():
     assert not any(_is_running(int(child)) for child in running)
 
 
-def test_tests_that_are_not_there_are_left_out():
-    found = []
+def test_tests_that_are_not_there_are_left_out(tmp_path, monkeypatch):
+    file, found = tmp_path / "test_some.py", []
+    file.write_text("def test_portable(): pass")
+    monkeypatch.setattr(report_parts, "PARITY_TESTS", file)
     plan = replace(TINY, parity=("portable and no_such_op", "1 +"))
     report_parts.parity(plan, found.append)
     record_of_it = {"parts": {"parity": {"problem": None, "found": found}}}
@@ -500,6 +511,7 @@ def test_all_seven_targets_are_there():
     assert {target.text for target in TARGETS} == EXPECTED.keys()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_page_of_a_gpu_has_the_targets(tmp_path):
     machine = {"gpu": "NVIDIA H200", "packages": {"torch": "2.11.0"}}
     parts = {"ceilings": {**PART, "found": FOUND[:1]}, "ops": {**PART, "found": FOUND[1:]}}
@@ -512,6 +524,7 @@ def test_the_page_of_a_gpu_has_the_targets(tmp_path):
     assert "| 6 | the whole update, tokens/s | ≥ 700,000 | 819,200 | gpt1_kernels, triton |" in page
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_what_is_measured_without_the_ceilings_is_in_the_tables(tmp_path):
     """As by --only, or where a copy of 4 GiB does not fit."""
     machine = {"gpu": "NVIDIA H200", "packages": {}}
