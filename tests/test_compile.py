@@ -17,6 +17,7 @@ from tests.cases import (
     assert_same,
     backends_of,
     cast,
+    causal_attention_qkvpacked,
     inputs_for,
     on_backends,
     results,
@@ -25,20 +26,22 @@ from tests.cases import (
 from tests.models import T, config, randomised, tokens, with_dropout
 
 SMALL_CASES = [
-    next(case for case in PARITY if case.name.startswith(prefix))
-    for prefix in (
-        "layer_norm-columns",
-        "dropout_add_layer_norm-no-bias",
-        "dropout_add_layer_norm-no-dropout",
-        "causal_attention-dropout",
-        "causal_attention-left-padding",
-        "causal_attention_qkvpacked-dropout",
-        "gelu_ffn-bias",
-        "gelu_ffn-bias-left-out",
-        "embedding-types",
-        "linear_cross_entropy-token-weight",
-        "linear_cross_entropy-none",
-    )
+    *(
+        next(case for case in PARITY if case.name.startswith(prefix))
+        for prefix in (
+            "layer_norm-columns",
+            "dropout_add_layer_norm-no-bias",
+            "dropout_add_layer_norm-no-dropout",
+            "causal_attention-key-value-cache",
+            "causal_attention-left-padding",
+            "gelu_ffn-bias",
+            "gelu_ffn-bias-left-out",
+            "embedding-types",
+            "linear_cross_entropy-token-weight",
+            "linear_cross_entropy-none",
+        )
+    ),
+    causal_attention_qkvpacked("small", 2, 21, 2, 16, 0.1),
 ]
 
 
