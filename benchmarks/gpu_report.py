@@ -6,9 +6,9 @@
 takes eight minutes at most and writes a folder, benchmarks/records/<date>_<gpu>/: `results.json`
 with every round of everything, `README.md` with the targets, tables and pictures. With --only what
 is measured replaces what the folder has of it, unless time ran out and that was whole, or nothing
-was found this time. A part that fails is reported, and the others run. What compiles for long is
-compiled by rehearsals of the later parts, beside the parity tests; with --only they are parts like
-the others.
+was found this time. A part that fails is reported, and the others run; whole updates that come too
+late in theirs are named and left out. What compiles for long is compiled by rehearsals of the later
+parts, beside the parity tests; with --only they are parts like the others.
 
 It compiles the CUDA kernels if they are not there, or older than their sources (`pip install -e .
 --no-deps --no-build-isolation`, for which nothing is fetched). It needs torch 2.11 or later, triton

@@ -75,7 +75,7 @@ def _loops(instructions: list[tuple[int, list[str], str]]) -> list[tuple[int, in
         if opcode[0] == "BRA" and (target := re.search(r"0x([0-9a-f]+)\s*$", operands))
     ]
     # What diverged warps do stands behind the kernel, and jumps back: that is no loop.
-    outlying = min((t for _, opcode, t in branches if "DIV" in opcode), default=float("inf"))
+    outlying = min((t for _, opcode, t in branches if "DIV" in opcode), default=inf)
     return [(t, a) for a, _, t in branches if t < a < outlying]
 
 
