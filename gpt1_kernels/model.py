@@ -18,6 +18,7 @@ from gpt1_kernels.cache import KeyValueCache, LayerCache
 from gpt1_kernels.config import GPT1Config
 from gpt1_kernels.layers import (
     CausalSelfAttention,
+    Conv1D,
     DropoutAddLayerNorm,
     GeluFFN,
     product_and_bias,
@@ -202,7 +203,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
             if self.gradient_checkpointing and self.training:
                 h, residual = checkpoint(
                     block, h, residual, seeds, row_offset, first_key, None, keep_bits, fork,
-                    use_reentrant=False, preserve_rng_state=False,
+                    use_reentrant=False, preserve_rng_state=_may_draw(block),
                 )  # fmt: skip
             else:
                 h, residual = block(
@@ -285,6 +286,16 @@ class GPT1Model(nn.Module, PretrainedMixin):
         new.weight.requires_grad_(old.requires_grad)
         self.tokens_embed, self.config = new, config
         return new
+
+
+def _may_draw(block: nn.Module) -> bool:
+    """Whether others' modules or hooks in a block may draw from torch's generators."""
+    return any(
+        type(m) not in _OWN or m._forward_pre_hooks or m._forward_hooks for m in block.modules()
+    )
+
+
+_OWN = {Block, CausalSelfAttention, Conv1D, DropoutAddLayerNorm, GeluFFN}
 
 
 def _bring_dropout_stream(model: GPT1Model, _: object) -> None:

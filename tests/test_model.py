@@ -157,6 +157,44 @@ def test_row19_checkpointing_keeps_the_mask_of_a_dropout_set_after_construction(
     assert_same(run(), expected)
 
 
+class NoisyAdapter(torch.nn.Module):
+    """As LoRA's, with its own dropout."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.extra = torch.nn.Linear(*base.weight.shape)
+
+    def forward(self, x):
+        return self.base(x) + self.extra(torch.nn.functional.dropout(x))
+
+
+def adapt(block):
+    block.attn.c_attn = NoisyAdapter(block.attn.c_attn)
+
+
+def hook(block):
+    block.mlp.c_fc.register_forward_hook(lambda *args: torch.nn.functional.dropout(args[-1]))
+
+
+@pytest.mark.parametrize("add", [adapt, hook])
+def test_row19_checkpointing_keeps_the_mask_of_others_dropout(add):
+    model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(2, T)
+    for block in model.transformer.h:
+        add(block)
+    model.to(DEVICE)
+
+    def run():
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(ids, labels=ids, dropout_seeds=model.dropout_stream.seeds(3)).loss.backward()
+        return gradients(model)
+
+    expected = run()
+    model.gradient_checkpointing_enable()
+    assert_same(run(), expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_row08_padding_never_reaches_a_real_token(side):
     model, ids = randomised(GPT1LMHeadModel(config())).eval(), tokens(2, T)
