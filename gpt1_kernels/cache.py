@@ -43,14 +43,11 @@ class KeyValueCache:
         capacity: the most positions that it can hold.
 
     Attributes:
+        length: positions seen so far.
         first_key: int32 (B,), each row's first position that is not padding, or None.
     """
 
     def __init__(self, n_layer: int, capacity: int):
         self.layers = [LayerCache(capacity) for _ in range(n_layer)]
+        self.length = 0
         self.first_key: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Positions seen so far."""
-        return self.layers[0].length if self.layers else 0

@@ -210,6 +210,8 @@ class GPT1Model(nn.Module, PretrainedMixin):
                     h, residual, seeds, row_offset, first_key, layer, keep_bits, fork
                 )
             states.append(h)
+        if cache is not None:
+            cache.length += length
         if len(shape) != 2:  # else they stay the blocks' own tensors, which have gradients
             h, *states = (s.view(*shape, s.shape[-1]) for s in (h, *states))
         output = ModelOutput(

@@ -133,6 +133,13 @@ def test_logits_through_the_cache_are_those_of_one_pass(model, pieces):
     assert cache.length == 8
 
 
+def test_the_cache_counts_positions_without_layers():
+    model, ids = randomised(GPT1LMHeadModel(config(n_layer=0))).eval(), tokens(2, 8)
+    cache = KeyValueCache(n_layer=0, capacity=8)
+    logits = [model(piece, cache=cache).logits for piece in ids.split(5, 1)]
+    torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits)
+
+
 def test_the_cache_is_written_in_place():
     layer, k = LayerCache(capacity=5), torch.randn(2, 3, 4, 8)
     first_k, first_v = layer.append(k, -k)
