@@ -81,8 +81,10 @@ class GPT1TaskModel(Headed):
             lm_loss (with lm_targets): Σ weight · loss, fp32; logits: (B, num_labels), or (B, K) of
             head `choice`, where −∞ stands for an answer that is not there.
         """
-        p = self.config.summary_first_dropout if self.training else 0.0
-        if p > 0 and dropout_seeds is None:
+        choice = self.head == "choice"
+        p = self.multiple_choice_head.dropout_p if choice else self.config.summary_first_dropout
+        drops = self.training and p > 0
+        if drops and dropout_seeds is None:
             dropout_seeds = self.dropout_stream.advance()
         h = self.transformer(
             input_ids, dropout_seeds=dropout_seeds,
@@ -94,8 +96,8 @@ class GPT1TaskModel(Headed):
                 h, self.transformer.tokens_embed.weight, lm_targets, reduction="sum",
                 token_weight=lm_weight,
             )  # fmt: skip
-        seed = dropout_seeds[-1] if p > 0 else None
-        if self.head == "choice":
+        seed = dropout_seeds[-1] if drops else None
+        if choice:
             scores = self.multiple_choice_head(h, extract, seed, first_sequence)  # (N,)
             logits = scores[members].masked_fill(members < 0, -torch.inf)
         else:

@@ -427,6 +427,12 @@ def test_the_classifier_drops_by_its_own_site():
     assert not torch.equal(one, model.eval()(ids).mc_logits)
 
 
+def test_a_classifier_dropout_set_after_construction_drops():
+    model, ids = randomised(GPT1DoubleHeadsModel(config())), tokens(2, 3, T)
+    model.multiple_choice_head.dropout_p = 0.5
+    assert not torch.equal(model(ids).mc_logits, model(ids).mc_logits)
+
+
 @pytest.mark.parametrize("size", [V - 10, V + 10])
 def test_resized_embeddings_keep_the_old_rows(size):
     model, ids = randomised(GPT1LMHeadModel(config())).eval(), tokens(1, 5) % (V - 10)

@@ -190,6 +190,13 @@ def test_the_classifier_drops_in_training_only_and_by_its_own_site(head):
     assert torch.equal(model(ids, EXTRACT, members).logits, model(ids, EXTRACT, members).logits)
 
 
+def test_a_choice_dropout_set_after_construction_drops():
+    model, ids = task_model("choice"), tokens(6, T)
+    members = torch.arange(6, device=DEVICE).view(3, 2)
+    model.multiple_choice_head.dropout_p = 0.5
+    assert not torch.equal(model(ids, EXTRACT, members).logits, model(ids, EXTRACT, members).logits)
+
+
 def test_an_unknown_head_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"task_head: 'tail', expected 'sum' or 'choice'"):
         GPT1TaskModel(config(extra={HEAD_KEY: "tail"}))
