@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear, mse_loss
 from gpt1_kernels import ops
 from gpt1_kernels.config import GPT1Config
 from gpt1_kernels.generation import GenerationMixin
-from gpt1_kernels.model import GPT1Model
+from gpt1_kernels.model import GPT1Model, check_shape
 from gpt1_kernels.outputs import ModelOutput
 from gpt1_kernels.pretrained import PretrainedMixin
 from gpt1_kernels.rng import DropoutStream, dropout
@@ -70,6 +70,7 @@ class Headed(nn.Module, PretrainedMixin):
         self, h: Tensor, labels: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         """Mean over the real labels[..., 1:], each predicted from the real token before it."""
+        check_shape("labels", labels, h.shape[:-1])
         targets = torch.full_like(labels, IGNORE_INDEX)
         targets[..., :-1] = labels[..., 1:]
         if attention_mask is not None:
@@ -145,6 +146,7 @@ class MultipleChoiceHead(nn.Module):
         self, h: Tensor, mc_token_ids: Tensor | None, seed: Tensor | None, row_offset: int
     ) -> Tensor:
         """h (..., T, C), mc_token_ids (...) or None for the last position → scores (...)."""
+        check_shape("mc_token_ids", mc_token_ids, h.shape[:-2])
         if mc_token_ids is None:
             state = h[..., -1, :]
         else:
@@ -247,13 +249,16 @@ class GPT1ForSequenceClassification(Headed):
             loss (with labels), logits (B, num_labels), hidden_states if asked for.
 
         Raises:
-            ValueError: a batch larger than 1 without a pad_token_id in the configuration.
+            ValueError: ids that are not (B, T), or a batch larger than 1 without a pad_token_id in
+                the configuration.
         """
         output = self.transformer(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states, **kwargs,
         )  # fmt: skip
         h = output.last_hidden_state
+        if h.dim() != 3:
+            raise ValueError(f"input_ids: shape {tuple(h.shape[:-1])}, expected (B, T)")
         logits = self.score(h[torch.arange(h.shape[0], device=h.device), self._last(input_ids, h)])
         loss = None if labels is None else self._loss(logits, labels)
         result = ModelOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)

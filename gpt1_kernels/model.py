@@ -152,7 +152,7 @@ class GPT1Model(nn.Module, PretrainedMixin):
             IndexError: on a CPU, an id out of range.
             ValueError: more than n_positions tokens, both or neither of input_ids and
                 inputs_embeds, a mask with holes, output_attentions (they never exist in memory), or
-                a cache that is full, in training, or given with a later mask.
+                a cache that is full, of other layers, in training, or given with a later mask.
         """
         if output_attentions:
             raise ValueError("output_attentions: the fused attention never holds them in memory")
@@ -161,10 +161,12 @@ class GPT1Model(nn.Module, PretrainedMixin):
         shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
         length = shape[-1]
         rows = prod(shape[:-1])  # Size.numel would make symbols of torch.export constants
-        _check_shape("inputs_embeds", inputs_embeds, (*shape, self.config.n_embd))
-        _check_shape("attention_mask", attention_mask, shape)
-        _check_shape("token_type_ids", token_type_ids, shape)
-        _check_shape("position_ids", position_ids, shape, (1, length), (length,))
+        check_shape("inputs_embeds", inputs_embeds, (*shape, self.config.n_embd))
+        check_shape("attention_mask", attention_mask, shape)
+        check_shape("token_type_ids", token_type_ids, shape)
+        check_shape("position_ids", position_ids, shape, (1, length), (length,))
+        sites = self.dropout_stream.site_words.shape[0]
+        check_shape("dropout_seeds", dropout_seeds, (sites, 2))
         past = 0 if cache is None else cache.length
         if past + length > self.config.n_positions:
             raise ValueError(
@@ -182,6 +184,8 @@ class GPT1Model(nn.Module, PretrainedMixin):
                 first_key = cache.first_key
             elif mask is not None and not mask[:, -1:].all():
                 raise ValueError("attention_mask: padding on the right, expected on the left")
+            if len(cache.layers) != len(self.h):
+                raise ValueError(f"cache: {len(cache.layers)} layers, expected {len(self.h)}")
             cache.first_key = first_key
         if past and position_ids is None:
             position_ids = torch.arange(past, past + length, device=self.tokens_embed.weight.device)
@@ -306,7 +310,7 @@ def _bring_dropout_stream(model: GPT1Model, _: object) -> None:
         model.dropout_stream.to_empty(device=model.tokens_embed.weight.device)
 
 
-def _check_shape(name: str, given: Tensor | None, *allowed: tuple[int, ...]) -> None:
+def check_shape(name: str, given: Tensor | None, *allowed: tuple[int, ...]) -> None:
     if given is not None and given.shape not in allowed:
         expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(allowed))
         raise ValueError(f"{name}: shape {tuple(given.shape)}, expected {expected}")

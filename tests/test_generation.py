@@ -299,6 +299,8 @@ def test_a_cache_is_refused_where_it_would_mislead(model):
     with pytest.raises(ValueError, match="cache: the model is in training"):
         randomised(GPT1LMHeadModel(config()))(ids, cache=KeyValueCache(2, 8))
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=ids.device)
+    with pytest.raises(ValueError, match="cache: 3 layers, expected 2"):
+        model(ids, cache=KeyValueCache(3, 8))
     with pytest.raises(ValueError, match="attention_mask: padding on the right"):
         model(ids.expand(2, 4), mask, cache=KeyValueCache(2, 8))
     cache = KeyValueCache(2, 40)

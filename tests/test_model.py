@@ -295,12 +295,22 @@ def test_arguments_that_are_refused(arguments, error, message):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("attention_mask", (4, T // 2)), ("attention_mask", (1, T)), ("attention_mask", (T,)),
-     ("token_type_ids", (4, T // 2)), ("position_ids", (4, T // 2)), ("position_ids", (T - 1,))],
+     ("token_type_ids", (4, T // 2)), ("position_ids", (4, T // 2)), ("position_ids", (T - 1,)),
+     ("labels", (1, T)), ("mc_token_ids", (1,)), ("dropout_seeds", (7, 2))],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_the_ids_are_named(name, shape):
-    given = torch.ones(shape, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match=rf"{name}: shape {re.escape(str(shape))}, expected \(2, "):
-        randomised(GPT1LMHeadModel(config()))(tokens(2, T), **{name: given})
+    given = {"attention_mask": torch.ones_like(tokens(2, T))}
+    given[name] = torch.ones(shape, dtype=torch.int64, device=DEVICE)
+    expected = rf"{name}: shape {re.escape(str(shape))}, expected \([28]"
+    with pytest.raises(ValueError, match=expected):
+        randomised(GPT1DoubleHeadsModel(config()))(tokens(2, T), **given)
+
+
+@pytest.mark.parametrize("shape", [(T,), (2, 1, T)])
+def test_a_classifier_takes_no_other_axes(shape):
+    model = randomised(GPT1ForSequenceClassification(config(pad_token_id=0)))
+    with pytest.raises(ValueError, match=rf"input_ids: shape {re.escape(str(shape))}, expected"):
+        model(tokens(*shape))
 
 
 @pytest.mark.parametrize("masked", [False, True])
