@@ -19,6 +19,8 @@ ALIASES = {
 }
 """Other names that `transformers` reads; a configuration has them as attributes too."""
 
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
 
 @dataclass
 class GPT1Config:
@@ -27,7 +29,8 @@ class GPT1Config:
     Keys of a `config.json` that are not fields here are kept in `extra` and written back.
 
     Raises:
-        ValueError: a value out of range, or an activation other than the tanh-GELU.
+        ValueError: a value out of range, an activation other than the tanh-GELU, or an unknown
+            problem_type.
     """
 
     vocab_size: int = 40478
@@ -57,6 +60,8 @@ class GPT1Config:
             raise ValueError(f"n_embd: {self.n_embd}, expected a multiple of n_head {self.n_head}")
         if self.afn != "gelu":
             raise ValueError(f"afn: {self.afn!r}, expected 'gelu', GPT-1's activation")
+        if self.problem_type not in (None, *PROBLEMS):
+            raise ValueError(f"problem_type: {self.problem_type!r}, expected None or {PROBLEMS}")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected a probability in [0, 1]")

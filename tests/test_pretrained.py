@@ -219,6 +219,7 @@ def test_the_paper_is_the_default_configuration():
         ({"n_head": None}, "n_head: None, expected an integer"),
         ({"attn_pdrop": 1.5}, r"attn_pdrop: 1.5, expected a probability"),
         ({"afn": "swish"}, "afn: 'swish'"),
+        ({"problem_type": "regresion"}, "problem_type: 'regresion', expected None or"),
     ],
 )
 def test_configurations_that_are_refused(values, message):
