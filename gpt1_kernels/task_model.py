@@ -62,8 +62,9 @@ class GPT1TaskModel(Headed):
         *,
         dropout_seeds: Tensor | None = None,
         first_sequence: int = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> ModelOutput:
+    ) -> ModelOutput | tuple:
         """Runs the model on N sequences of B examples, padded on the right.
 
         Args:
@@ -75,21 +76,24 @@ class GPT1TaskModel(Headed):
             lm_weight: (N, T) fp32, the share of each prediction in lm_loss.
             dropout_seeds: see `GPT1Model.forward`.
             first_sequence: sequences of the update that come before these.
+            return_dict: False returns a tuple.
             kwargs: those of `GPT1Model.forward`.
 
         Returns:
             lm_loss (with lm_targets): Σ weight · loss, fp32; logits: (B, num_labels), or (B, K) of
-            head `choice`, where −∞ stands for an answer that is not there.
+            head `choice`, where −∞ stands for an answer that is not there; hidden_states if asked
+            for.
         """
         choice = self.head == "choice"
         p = self.multiple_choice_head.dropout_p if choice else self.config.summary_first_dropout
         drops = self.training and p > 0
         if drops and dropout_seeds is None:
             dropout_seeds = self.dropout_stream.advance()
-        h = self.transformer(
+        output = self.transformer(
             input_ids, dropout_seeds=dropout_seeds,
             row_offset=first_sequence * input_ids.shape[-1], **kwargs,
-        ).last_hidden_state  # fmt: skip
+        )  # fmt: skip
+        h = output.last_hidden_state
         lm_loss = None
         if lm_targets is not None:
             lm_loss = ops.linear_cross_entropy(
@@ -106,4 +110,5 @@ class GPT1TaskModel(Headed):
             if seed is not None:
                 summed = dropout(summed, p, seed, first_sequence // members.shape[1])
             logits = self.classifier(summed)
-        return ModelOutput(lm_loss=lm_loss, logits=logits)
+        result = ModelOutput(lm_loss=lm_loss, logits=logits, hidden_states=output.hidden_states)
+        return result.to_tuple() if return_dict is False else result

@@ -190,6 +190,15 @@ def test_the_classifier_drops_in_training_only_and_by_its_own_site(head):
     assert torch.equal(model(ids, EXTRACT, members).logits, model(ids, EXTRACT, members).logits)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_hidden_states_and_a_tuple_are_returned_on_request(head):
+    model, ids = task_model(head), tokens(6, T)
+    members = torch.arange(6, device=DEVICE).view(3, 2)
+    logits, states = model(ids, EXTRACT, members, output_hidden_states=True, return_dict=False)
+    torch.testing.assert_close(states, model.transformer(ids, output_hidden_states=True)[1])
+    assert torch.equal(logits, model(ids, EXTRACT, members).logits)
+
+
 def test_a_choice_dropout_set_after_construction_drops():
     model, ids = task_model("choice"), tokens(6, T)
     members = torch.arange(6, device=DEVICE).view(3, 2)
