@@ -297,11 +297,12 @@ class GPT1Model(nn.Module, PretrainedMixin):
 def _may_draw(block: nn.Module) -> bool:
     """Whether others' modules or hooks in a block may draw from torch's generators."""
     return any(
-        type(m) not in _OWN or m._forward_pre_hooks or m._forward_hooks for m in block.modules()
+        type(m) not in _DRAW_NOTHING or m._forward_pre_hooks or m._forward_hooks
+        for m in block.modules()
     )
 
 
-_OWN = {Block, CausalSelfAttention, Conv1D, DropoutAddLayerNorm, GeluFFN}
+_DRAW_NOTHING = {Block, CausalSelfAttention, Conv1D, DropoutAddLayerNorm, GeluFFN, nn.Linear}
 
 
 def _bring_dropout_stream(model: GPT1Model, _: object) -> None:
