@@ -66,7 +66,7 @@ class GenerationMixin:
         # Columns in which every row is padding need not run.
         ids, mask = input_ids[:, -unpadded:], mask[:, -unpadded:]
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-        cache = KeyValueCache(self.config.n_layer, unpadded + max_new_tokens - 1)
+        cache = KeyValueCache(len(self.transformer.h), unpadded + max_new_tokens - 1)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         new = ids.new_empty(len(ids), max_new_tokens)
         with _evaluating(self):

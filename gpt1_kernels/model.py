@@ -312,6 +312,7 @@ def _bring_dropout_stream(model: GPT1Model, _: object) -> None:
 
 
 def check_shape(name: str, given: Tensor | None, *allowed: tuple[int, ...]) -> None:
+    """Raises ValueError if an argument is given, with none of the allowed shapes."""
     if given is not None and given.shape not in allowed:
         expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(allowed))
         raise ValueError(f"{name}: shape {tuple(given.shape)}, expected {expected}")

@@ -1,5 +1,7 @@
 """Decoding with the key/value cache, and the choice of a token."""
 
+import copy
+
 import pytest
 import torch
 
@@ -138,6 +140,13 @@ def test_the_cache_counts_positions_without_layers():
     cache = KeyValueCache(n_layer=0, capacity=8)
     logits = [model(piece, cache=cache).logits for piece in ids.split(5, 1)]
     torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits)
+
+
+def test_the_cache_is_of_the_blocks_that_are_there(model):
+    shorter, ids = copy.deepcopy(model), tokens(2, 5)
+    del shorter.transformer.h[1:]
+    expected = uncached(shorter, ids, 4, **CHOICES["greedy"])
+    assert torch.equal(shorter.generate(ids, max_new_tokens=4), expected)
 
 
 def test_the_cache_is_written_in_place():
@@ -298,9 +307,9 @@ def test_a_cache_is_refused_where_it_would_mislead(model):
     ids = tokens(1, 4)
     with pytest.raises(ValueError, match="cache: the model is in training"):
         randomised(GPT1LMHeadModel(config()))(ids, cache=KeyValueCache(2, 8))
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=ids.device)
     with pytest.raises(ValueError, match="cache: 3 layers, expected 2"):
         model(ids, cache=KeyValueCache(3, 8))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=ids.device)
     with pytest.raises(ValueError, match="attention_mask: padding on the right"):
         model(ids.expand(2, 4), mask, cache=KeyValueCache(2, 8))
     cache = KeyValueCache(2, 40)
