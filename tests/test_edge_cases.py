@@ -314,6 +314,37 @@ def test_row07_offsets_beyond_32_bits(case, backend, tmp_path):
         assert_close(name, value, plain[name], oracle[name], dtype)
 
 
+@pytest.mark.parametrize(
+    ("shape", "stride_b", "stride_t", "stride_h"),
+    [
+        pytest.param((3, 1, 1, 16), 2**30 + 8, 16, 16, id="batches"),
+        pytest.param((1, 1, 3, 16), 48, 48, 2**30 + 8, id="heads"),
+        pytest.param((1, 577, 1, 16), 16, 2**22 - 8, 16, id="tiles"),
+        pytest.param((1, 3, 1, 16), 16, 2**30 + 8, 16, id="positions-of-a-tile"),
+    ],
+)
+@pytest.mark.parametrize("backend", backends_of("causal_attention"))
+def test_row07_strides_below_2_31_whose_multiples_are_not(
+    backend, shape, stride_b, stride_t, stride_h, tmp_path
+):
+    """Of a cache of keys and values, and of the gradients' own: the product is what overflows."""
+    B, T, H, D = shape
+    strides = stride_b, stride_t, stride_h, 1
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    dtype = widest_dtype(backend, "causal_attention")
+    q, *near = (torch.randn(B, t, H, D, device=DEVICE).to(dtype) for t in (1, T, T))
+    far = [
+        huge(tmp_path / str(i), size, dtype).as_strided(shape, strides).copy_(x)
+        for i, x in enumerate(near)
+    ]
+    with use_backend(backend):
+        expected, actual = (
+            results(ops.causal_attention, dict(zip("qkv", (q, *keys), strict=True)))
+            for keys in (near, far)
+        )
+    assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("backend", backends_of("embedding"))
 def test_row07_a_table_of_more_than_2_31_elements(backend, tmp_path):
     C, last = 16, 2**31 // 16
