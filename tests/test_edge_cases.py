@@ -761,6 +761,23 @@ def test_row18_a_dropped_element_has_gradient_0_where_the_residual_overflows(bac
     assert (grads["x"][dropped] == 0).all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "backend", [b for b in backends_of("dropout_add_layer_norm") if b != "portable"]
+)
+def test_row18_what_is_dropped_is_zero_whatever_it_was(backend, bad):
+    """Of kernels, also in backward; portable multiplies, as PyTorch's dropout does."""
+    case = dropout_add_layer_norm("bad", 9, 81, 0.5, x_bias=False)
+    inputs, dout = inputs_for(backend, case), upstream(case, torch.float32)
+    dropped = ~keep_mask(SEED, 9, 81, 0.5)
+    dirty = inputs | {"x": inputs["x"].masked_fill(dropped, bad)}
+    with use_backend(backend):
+        assert_same(results(case.fused, dirty, dout), results(case.fused, inputs, dout))
+        dx = results(case.fused, inputs, dout.fill_(bad))["x"]
+    assert not dx[dropped].any()
+    assert dx[~dropped].isnan().all()
+
+
 @on_backends(SMALL)
 def test_row20_double_backward_names_the_op(case, backend):
     leaves = {k: x.clone().requires_grad_() for k, x in inputs_for(backend, case).items()}
