@@ -192,9 +192,10 @@ def test_threads_in_any_order(case, dtype, order, chip):
 
 
 @dtypes
-def test_a_vocabulary_beyond_shared_memory(dtype, order):
-    """What a row has beyond 49152 logits is read again."""
-    N, V = 2, 49300
+@pytest.mark.parametrize("V", [15, 49300], ids=["a-vector-short-of-one", "beyond-shared-memory"])
+def test_rows_of_logits(V, dtype, order):
+    """What a row has beyond V is never used, what it has beyond 49152 logits is read again."""
+    N = 2
     logits = torch.full((N, padded_vocabulary(V)), torch.nan, device=DEVICE).to(dtype)
     logits[:, :V] = 3 * torch.randn(N, V, device=DEVICE)
     targets = torch.tensor([7, V - 1], device=DEVICE)
