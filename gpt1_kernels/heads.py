@@ -152,7 +152,7 @@ class MultipleChoiceHead(nn.Module):
         else:
             index = mc_token_ids[..., None, None].expand(*mc_token_ids.shape, 1, h.shape[-1])
             state = h.gather(-2, index).squeeze(-2)
-        p = 0.0 if seed is None else self.dropout_p
+        p = self.dropout_p if self.training and seed is not None else 0.0
         return self.summary(dropout(state, p, seed, row_offset)).squeeze(-1)
 
 

@@ -441,6 +441,8 @@ def test_a_classifier_dropout_set_after_construction_drops():
     model, ids = randomised(GPT1DoubleHeadsModel(config())), tokens(2, 3, T)
     model.multiple_choice_head.dropout_p = 0.5
     assert not torch.equal(model(ids).mc_logits, model(ids).mc_logits)
+    model.multiple_choice_head.eval()
+    assert torch.equal(model(ids).mc_logits, model(ids).mc_logits)
 
 
 @pytest.mark.parametrize("size", [V - 10, V + 10])
