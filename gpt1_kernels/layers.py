@@ -93,9 +93,11 @@ class CausalSelfAttention(nn.Module):
         With a cache, x is what follows the positions in it: they are attended to, and x joins them.
         """
         p = self.dropout_p if self.training else 0.0
+        if keep_bits is None:
+            seed = _seed(seed, p, x)
         options = {
-            "dropout_p": p, "seed": _seed(seed, p, x), "row_offset": row_offset,
-            "first_key": first_key, "keep_bits": keep_bits,
+            "dropout_p": p, "seed": seed, "row_offset": row_offset, "first_key": first_key,
+            "keep_bits": keep_bits,
         }  # fmt: skip
         qkv = self.c_attn(x)
         if qkv.shape[-1] != 3 * self.n_embd:  # a share of it, say, has heads of another size
