@@ -297,7 +297,10 @@ class GPT1Model(nn.Module, PretrainedMixin):
 def _may_draw(block: nn.Module) -> bool:
     """Whether others' modules or hooks in a block may draw from torch's generators."""
     return any(
-        type(m) not in _DRAW_NOTHING or m._forward_pre_hooks or m._forward_hooks
+        type(m) not in _DRAW_NOTHING
+        or "forward" in m.__dict__
+        or m._forward_pre_hooks
+        or m._forward_hooks
         for m in block.modules()
     )
 

@@ -177,7 +177,13 @@ def hook(block):
     block.mlp.c_fc.register_forward_hook(lambda *args: torch.nn.functional.dropout(args[-1]))
 
 
-@pytest.mark.parametrize("add", [adapt, hook])
+def replace_forward(block):
+    """As accelerate does."""
+    forward = block.mlp.c_fc.forward
+    block.mlp.c_fc.forward = lambda x: torch.nn.functional.dropout(forward(x))
+
+
+@pytest.mark.parametrize("add", [adapt, hook, replace_forward])
 def test_row19_checkpointing_keeps_the_mask_of_others_dropout(add):
     model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(2, T)
     for block in model.transformer.h:
