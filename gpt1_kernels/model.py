@@ -112,7 +112,9 @@ class GPT1Model(nn.Module, PretrainedMixin):
     def drops(self) -> bool:
         """Whether a forward pass draws dropout bits now."""
         # Of the blocks as they are: without seeds, a recomputed one would draw another mask.
-        return self.training and (self.config.embd_pdrop > 0.0 or any(b.drops for b in self.h))
+        return self.training and (
+            self.config.embd_pdrop > 0.0 or any(getattr(b, "drops", True) for b in self.h)
+        )
 
     def forward(
         self,
@@ -258,10 +260,13 @@ class GPT1Model(nn.Module, PretrainedMixin):
         self, shape: torch.Size, seeds: Tensor | None, row_offset: int
     ) -> Iterable[Tensor | None]:
         """The dropout bits of each attention on (..., T) tokens, or None where it draws its own."""
-        probabilities = [block.attn.dropout_p for block in self.h]
         # Drawn ahead, they would be kept for a block that is to keep nothing but its input.
         recomputed = self.gradient_checkpointing and self.training
-        if seeds is None or not any(probabilities) or recomputed or not draws_ahead(seeds):
+        if seeds is None or recomputed or not draws_ahead(seeds):
+            return [None for _ in self.h]
+        # A block without attention, or that others wrapped, shows none and draws its own.
+        probabilities = [block.attn.dropout_p for block in self.h if hasattr(block, "attn")]
+        if not any(probabilities) or len(probabilities) < len(self.h):
             return [None for _ in self.h]
         length = shape[-1]
         of_heads = shape[:-1].numel(), self.config.n_head, length, length

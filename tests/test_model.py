@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.utils import prune
 
+import gpt1_kernels.model
 from gpt1_kernels import (
     GPT1DoubleHeadsModel,
     GPT1ForSequenceClassification,
@@ -199,6 +200,34 @@ def test_row19_checkpointing_keeps_the_mask_of_others_dropout(add):
     expected = run()
     model.gradient_checkpointing_enable()
     assert_same(run(), expected)
+
+
+class Wrapped(torch.nn.Module):
+    """As others' code wraps a block, to read or to change what it returns."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args):
+        return self.block(*args)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_blocks_may_be_wrapped(p, monkeypatch):
+    """The model reads what its blocks drop where they show it, and not in evaluation."""
+    model = randomised(GPT1LMHeadModel(with_dropout(embd_pdrop=0.0, attn_pdrop=p)))
+    ids = tokens(2, T)
+
+    def outputs():
+        model.dropout_stream.set_key(5)
+        return model.train()(ids).logits, model.eval()(ids).logits
+
+    expected = outputs()
+    monkeypatch.setattr(gpt1_kernels.model, "draws_ahead", lambda seed: True)
+    model.transformer.h = torch.nn.ModuleList(map(Wrapped, model.transformer.h))
+    for actual, other in zip(outputs(), expected, strict=True):
+        assert torch.equal(actual, other)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

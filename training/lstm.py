@@ -76,11 +76,6 @@ class LSTMModel(GPT1Model):
 
     block_class = LSTMBlock
 
-    def _attention_bits(
-        self, shape: torch.Size, seeds: Tensor | None, row_offset: int
-    ) -> list[None]:
-        return [None for _ in self.h]
-
 
 class LSTMLMHeadModel(GPT1LMHeadModel):
     """`GPT1LMHeadModel` on an LSTM."""
