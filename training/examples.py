@@ -129,19 +129,18 @@ def load(task: Task, folder: Path | None, *, skip_bad_rows: bool = False) -> Tas
     """
     form = form_of(task, folder)
     notes: list[str] = []
-    splits = {
-        split: list(_examples(task, form, folder, split, notes if skip_bad_rows else None))
-        for split in SPLITS
-        if split in form.files
-    }
-    train, validation = splits["train"], splits.get("validation", [])
-    held_out = "validation" not in form.files
+    splits: dict[str, list[Example]] = {}
+    for split, purpose in zip(SPLITS, ("train", "validate", "test"), strict=True):
+        if split in form.files:
+            skipped = notes if skip_bad_rows else None
+            splits[split] = list(_examples(task, form, folder, split, skipped))
+            if not splits[split] and split != "test":
+                raise ValueError(f"{_source(form, folder, split)}: no examples to {purpose} on")
+    train, validation = splits["train"], splits.get("validation")
+    held_out = validation is None
     if held_out:
-        train, validation = _hold_out(train, form.held_out)
+        train, validation = _hold_out(train, form.held_out, _source(form, folder, "train"))
         notes.append(f"no file to validate on: held out {len(validation)} training examples")
-    for split, examples in (("train", train), ("validation", validation)):
-        if not examples:
-            raise ValueError(f"{folder or 'the data set'}: no examples to {split} on")
     return TaskData(train, validation, splits.get("test", []), tuple(notes), held_out)
 
 
@@ -179,6 +178,15 @@ def _present(folder: Path, files: str | Mapping[str, str]) -> Mapping[str, str]:
 
 def _matches(folder: Path, pattern: str) -> list[Path]:
     return [folder / name for name in sorted(glob.glob(pattern, root_dir=folder))]
+
+
+def _source(form: Form, folder: Path | None, split: str) -> str:
+    """What a split is read from: its file, or the folder of several."""
+    if folder is None:
+        return "the data set"
+    patterns = _by_subset(form.files[split]).values()
+    files = [file for pattern in patterns for file in _matches(folder, pattern)]
+    return str(files[0] if len(files) == 1 else folder)
 
 
 def _by_subset(files: str | Mapping[str, str]) -> Mapping[str, str]:
@@ -299,21 +307,23 @@ def _score(where: str, column: str, raw: str, score_range: tuple[float, float]) 
 
 
 def _hold_out(
-    examples: Sequence[Example], count: int | None
+    examples: Sequence[Example], count: int | None, source: str
 ) -> tuple[list[Example], list[Example]]:
     from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
     if count is not None:  # as in datasets.py of openai/finetune-transformer-lm
         if len(examples) <= count:
-            raise ValueError(f"train: {len(examples)} examples, expected more than the {count} "
-                             "that are held out to validate on")  # fmt: skip
+            raise ValueError(
+                f"{source}: {len(examples)} examples, expected more than the {count} that are held "
+                "out to validate on"
+            )
         train, held = train_test_split(
             np.arange(len(examples)), test_size=count, random_state=SPLIT_SEED
         )
     else:
         groups = [example.texts[0] for example in examples]
         if len(set(groups)) < 2:
-            raise ValueError("train: expected at least 2 different texts, to validate on one")
+            raise ValueError(f"{source}: expected at least 2 different texts, to validate on one")
         splitter = GroupShuffleSplit(1, test_size=HELD_OUT_SHARE, random_state=SPLIT_SEED)
         train, held = next(splitter.split(examples, groups=groups))
     return [examples[i] for i in train], [examples[i] for i in held]

@@ -309,7 +309,7 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
         ("sst2", "train.tsv", "a\t1\n \t0\n", r"train.tsv:2: sentence is empty"),
         ("sst2", "train.tsv", "a\t1\nb\u00f6\t0\n".encode("latin-1"), r"train.tsv: not UTF-8"),
         ("sst2", "train.tsv", "text\tlabel\nb\t0\n", r"train.tsv:2: no column 'sentence', it has"),
-        ("sst2", "train.tsv", "", r"no examples to train on"),
+        ("sst2", "train.tsv", "", r"train\.tsv: no examples to train on"),
         ("sst2", "train.tsv", "a\t1\nb\0b\t0\n", r"train.tsv:2: sentence holds NUL bytes, expect"),
         ("snli", "snli_1.0_train.jsonl", jsonl(nli(gold_label="neutral", sentence1="a\0")),
          r"train.jsonl:1: sentence1 holds NUL bytes"),
@@ -349,7 +349,7 @@ def test_subsets_and_ids_are_those_of_the_submissions(tmp_path):
          r"cloze_test_val__spring2016.csv:2: unexpected end of data"),
         ("storycloze", "cloze_test_val__spring2016.csv", f"{CLOZE}\n1,a,b\n", r"csv:2: 3 cells"),
         ("storycloze", "cloze_test_val__spring2016.csv", f"{CLOZE}\n{STORY.format(id=1, right=1)}",
-         r"train: 1 examples, expected more than the 374 that are held out"),
+         r"\.csv: 1 examples, expected more than the 374 that are held out"),
     ],
 )  # fmt: skip
 def test_row31_a_mistake_is_named_with_file_and_line(tmp_path, task, file, content, message):
@@ -676,6 +676,25 @@ def test_a_cell_of_a_csv_file_may_be_of_many_lines(tmp_path):
     (tmp_path / "a.csv").write_text('text,label\n"' + "long\n" * 40_000 + '",x\n')
     custom = Custom(train=tmp_path / "a.csv", validation=tmp_path / "a.csv")
     assert len(load(custom_task(custom), Path()).train[0].texts[0]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        ("", None, "train.csv: no examples to train on"),
+        ("text,label\n", None, "train.csv: no examples to train on"),
+        ("text,label\n", "text,label\none,a\n", "train.csv: no examples to train on"),
+        ("text,label\none,a\n", "text,label\n", "validation.csv: no examples to validate on"),
+        ("text,label\none,a\none,b\n", None, "train.csv: expected at least 2 different texts"),
+    ],
+)
+def test_a_custom_file_with_too_few_examples_is_named(tmp_path, train, validation, message):
+    texts = {"train": train} if validation is None else {"train": train, "validation": validation}
+    files = {split: tmp_path / f"{split}.csv" for split in texts}
+    for split, text in texts.items():
+        files[split].write_text(text)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{message}"):
+        load(custom_task(Custom(**files)), Path())
 
 
 @pytest.mark.parametrize(
