@@ -71,8 +71,9 @@ def usable(folder: Path) -> Path:
         NotADirectoryError: it, or a folder above it, is a file.
         PermissionError: it cannot be written to.
     """
-    if folder.is_file():
-        raise NotADirectoryError(f"--out: {folder} is a file, expected a folder")
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise NotADirectoryError(f"--out: {path} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"--out: {folder} cannot be written to")

@@ -90,8 +90,7 @@ def main(config: ZeroShotConfig) -> None:
     if not found:
         raise FileNotFoundError(f"{config.run}: no checkpoints, expected a run of pretrain.py")
     scale = SCALE | {"dprd": (0.5, config.dprd_best)}
-    out = config.out or config.run
-    out.mkdir(parents=True, exist_ok=True)
+    out = run.usable(config.out or config.run)
     rows = []
     for folder in found:
         try:

@@ -190,10 +190,9 @@ def test_a_mistake_is_one_line_of_error(folder, options, message):
 def test_a_file_or_a_folder_below_one_is_refused(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(NotADirectoryError, match=f"--out: {file} is a file"):
-        usable(file)
-    with pytest.raises(NotADirectoryError, match=str(file)):
-        usable(file / "run")
+    for folder in (file, file / "run", file / "a" / "run"):
+        with pytest.raises(NotADirectoryError, match=f"--out: {file} is a file"):
+            usable(folder)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):

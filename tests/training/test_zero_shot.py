@@ -270,6 +270,14 @@ def test_an_interrupted_sweep_keeps_its_scores(whole, tmp_path, monkeypatch):
     assert [row["scores"] for row in rows] == [{"dprd": 0.5}]
 
 
+def test_a_folder_that_cannot_take_the_scores_is_refused_before_any(whole, tmp_path, monkeypatch):
+    (tmp_path / "dprd.txt").write_text(DPRD)
+    monkeypatch.setattr(zero_shot, "zero_shot", lambda *_: pytest.fail("scored"))
+    file = tmp_path / "dprd.txt"
+    with pytest.raises(NotADirectoryError, match=f"--out: {file} is a file, expected a folder"):
+        zero_shot.main(zero_shot.ZeroShotConfig(whole, dprd=file, out=file, device=DEVICE))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
