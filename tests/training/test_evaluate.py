@@ -41,23 +41,36 @@ def test_each_held_out_document_and_all_of_them_have_a_perplexity(backbone, requ
 def test_the_mean_is_over_the_tokens_of_the_documents_held_out(whole, corpus, monkeypatch, capsys):
     def tokenised(part, tokenizer):
         assert part.digest == Corpus([corpus]).validation.digest
-        return SimpleNamespace(tokens=np.arange(14), bounds=[0, 3, 4, 14])
+        return SimpleNamespace(tokens=np.arange(13), bounds=[0, 2, 3, 13])
 
     monkeypatch.setattr(evaluate, "tokenised", tokenised)
     monkeypatch.setattr(evaluate, "mean_loss", lambda model, tokens, config: len(tokens) / 10)
     main(EvaluateConfig(whole, device="cpu"))
     *_, total = capsys.readouterr().out.splitlines()
-    mean = (3 * 0.3 + 10 * 1.0) / 13  # of a single token nothing is predicted
-    assert total.split() == [f"{math.exp(mean):.2f}", "13", "tokens", "all"]
+    mean = (2 * 0.2 + 10 * 1.0) / 12  # of a single token nothing is predicted
+    assert total.split() == [f"{math.exp(mean):.2f}", "12", "tokens", "all"]
 
 
-def test_all_windows_of_a_document_count(whole):
+@pytest.mark.parametrize(("length", "windows"), [(3 * 128 + 50, (3, 128)), (50, (1, 50))])
+def test_all_windows_of_a_document_count(whole, length, windows):
     model = GPT1LMHeadModel.from_pretrained(whole / "model")
-    tokens = np.arange(3 * 128 + 50) % 200
-    windows = torch.from_numpy(tokens[: 3 * 128]).view(3, 128)
+    tokens = np.arange(length) % 200
+    windows = torch.from_numpy(tokens[: math.prod(windows)]).view(windows)
     expected = model(windows, labels=windows).loss.item()
     found = evaluate.mean_loss(model, tokens, EvaluateConfig(whole, device="cpu"))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_text_is_read_as_it_was_trained_on(whole, tmp_path, capsys):
+    file, out = tmp_path / "text.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps({"body": f"one {n}\ntwo"}) + "\n" for n in range(30)))
+    options = {"text_column": "body", "sentence_shuffled": True}
+    digest = Corpus([file], **options).train.digest
+    out.mkdir()
+    (out / "model").symlink_to(whole / "model")
+    (out / "config.json").write_text(json.dumps({"data": [str(file)], "text": digest, **options}))
+    main(EvaluateConfig(out, device="cpu"))
+    assert capsys.readouterr().out.endswith(" all\n")
 
 
 def test_another_text_than_the_one_trained_on_is_refused(whole, corpus, tmp_path):

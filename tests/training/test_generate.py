@@ -77,6 +77,16 @@ def test_a_conversation_outlives_a_line_that_is_too_long(run, monkeypatch, capsy
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+def test_a_prompt_and_its_continuation_may_fill_the_positions(run, capsys):
+    model, tokenizer = open_model(run)
+    room = model.config.n_positions - len(tokenizer.encode("the house"))
+    main(GenerateConfig(run, "the house", tokens=room))
+    assert capsys.readouterr().out.startswith("the house ")
+    with pytest.raises(ValueError, match=f"2 tokens and {room + 1} new ones, expected at most"):
+        main(GenerateConfig(run, "the house", tokens=room + 1))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 def test_a_model_folder_serves_as_well_as_a_run(run, capsys):
     for folder in (run, run / "model"):
         main(GenerateConfig(folder, "the house", tokens=9, temperature=0.0))
