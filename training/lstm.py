@@ -137,4 +137,4 @@ def shape(backbone: str, preset: str) -> GPT1Config:
     if backbone == "transformer":
         return config
     extra = {"model_type": MODEL_TYPE, UNITS: 8 * round(config.n_embd * 2048 / 768 / 8)}
-    return GPT1Config.preset(preset, n_layer=1, n_head=1, extra=extra)
+    return GPT1Config.preset(preset, n_layer=1, extra=extra)
