@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from gpt1_kernels import GPT1Config, GPT1DoubleHeadsModel, GPT1LMHeadModel, GPT1TaskModel
 from gpt1_kernels import pretrained as pretrained_files
 from training import checkpoint, finetune, run
+from training.examples import chosen
 from training.finetune_config import FinetuneConfig, complete
 from training.inputs import encode
 from training.optim import warmup_linear
@@ -182,8 +183,12 @@ def test_the_training_score_is_of_as_many_examples_as_validate(settings, monkeyp
 
 
 def test_a_run_leaves_a_model_predictions_and_a_log(settings, data):
-    config = settings()
+    config = settings(checkpoint_every=5, keep=0)
     finetune.main(config)
+    steps = sorted(int(path.name[5:]) for path in (config.out / "checkpoints").iterdir())
+    assert steps == [5, 10, 15, 18]
+    epochs = [row["step"] for row in log_of(config.out) if "validation accuracy" in row]
+    assert epochs == [6, 12, 18]
     assert {path.name for path in config.out.iterdir()} >= {
         "metrics.jsonl", "config.json", "result.json", "predictions.png", "predictions", "model",
         "checkpoints",
@@ -360,6 +365,8 @@ def test_a_fine_tuned_model_can_be_fine_tuned_again(settings, tmp_path):
     )  # with its special tokens
     assert old.config.extra["id2label"] == {"0": "entailment", "1": "not_entailment"}
     assert model.config.extra["id2label"] == {"0": "0", "1": "1"}
+    config = settings(model=first.out, task="stsb")
+    assert "id2label" not in finetune.make_model(config, finetune.prepare(config)).config.extra
 
 
 def test_scratch_needs_no_model(settings):
@@ -463,15 +470,30 @@ def test_row29_an_interrupted_run_goes_on_to_the_same_bits(
     assert all(logged[row["step"]] == row for row in log_of(whole) if "loss" in row)
 
 
+def test_a_signal_in_the_last_update_lets_the_run_end(settings, monkeypatch):
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **options)
+
+    config, original = settings(epochs=1, train_examples=16), finetune.apply_losses
+    monkeypatch.setattr(finetune, "apply_losses", interrupted)
+    finetune.main(config)
+    assert run.read_result(config.out)["best epoch"] == 1
+
+
 @pytest.mark.parametrize(
     ("module", "folder"),
-    [(pretrained_files, "model"), (checkpoint, "step-00000012")],
-    ids=["best-model", "checkpoint"],
+    [
+        (pretrained_files, "model"),
+        (checkpoint, "step-00000012"),
+        (checkpoint, "step-00000018"),
+    ],
+    ids=["best-model", "checkpoint", "last-checkpoint"],
 )
 def test_row29_a_full_disk_stops_the_run_and_loses_nothing(
     settings, whole, monkeypatch, module, folder
 ):
-    """In the first epoch's model, and in the second epoch's checkpoint, when its model is there."""
+    """In the first epoch's model, and in a later epoch's checkpoint, when its model is there."""
     config, original = settings(), module.save_file
 
     def full(tensors, path, *args, **kwargs):
@@ -500,6 +522,7 @@ def test_row28_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(settin
     assert f"refused: {newest / 'model.safetensors'}: not as it was written" in printed
     assert "resumed from step 12" in printed
     assert_same_run(config.out, whole)
+    assert log_of(config.out) == log_of(whole)
 
 
 def test_a_finished_run_says_so_and_another_configuration_is_refused(
@@ -520,14 +543,45 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(
         finetune.main(settings(resume=str(whole)))
 
 
-def test_another_label_is_another_run(settings, data, tmp_path):
+@pytest.mark.parametrize("changed", ["label", "text", "classes", "weights", "text to test on"])
+def test_what_makes_another_run(settings, data, pretrained, tmp_path, changed):
     shutil.copytree(data / "sst2", tmp_path / "data")
-    header, first, rest = (tmp_path / "data" / "train.tsv").read_text().split("\n", 2)
-    flipped = f"{first[:-1]}{1 - int(first[-1])}"
-    (tmp_path / "data" / "train.tsv").write_text("\n".join([header, flipped, rest]))
-    folders = data / "sst2", tmp_path / "data"
-    one, other = (finetune.prepare(complete(settings(data_dir=folder))) for folder in folders)
-    assert one.digest != other.digest
+    shutil.copytree(pretrained, tmp_path / "run")
+    files = {split: tmp_path / "data" / f"{name}.tsv" for split, name in
+             (("train", "train"), ("validation", "dev"), ("test", "test"))}  # fmt: skip
+    own = Custom(**files, texts=("sentence",), labels=("0", "1"))
+    config = settings(task="custom", data_dir=None, model=tmp_path / "run", custom=own)
+    before = finetune.prepare(config).digest
+    if changed == "classes":
+        config = replace(config, custom=replace(own, labels=("0", "1", "2")))
+    elif changed == "weights":
+        model = GPT1LMHeadModel.from_pretrained(tmp_path / "run" / "model")
+        torch.nn.init.ones_(model.transformer.h[0].ln_1.bias)
+        model.save_pretrained(tmp_path / "run" / "model")
+    else:
+        file = files["test" if "test" in changed else "train"]
+        header, first, rest = file.read_text().split("\n", 2)
+        if changed == "label":
+            first = f"{first[:-1]}{1 - int(first[-1])}"
+        else:
+            first = first.replace("the", "the film", 1)
+        file.write_text("\n".join([header, first, rest]))
+    assert (finetune.prepare(config).digest == before) == (changed == "text to test on")
+
+
+def test_the_examples_to_train_on_are_drawn_from_all(settings):
+    every = finetune.prepare(settings()).data.train
+    assert finetune.prepare(settings(train_examples=10)).data.train == chosen(every, 10)
+    assert chosen(every, 10) != every[:10]
+
+
+def test_a_tokenizer_is_learned_from_answers_too(settings):
+    setup = finetune.prepare(settings(task="openbookqa", model=None))
+    assert all(
+        setup.tokenizer.encode(answer).all()  # 0 is <unk>
+        for example in setup.data.train
+        for answer in example.answers
+    )
 
 
 def test_a_run_forked_past_its_best_epoch_keeps_the_best_of_its_own(
@@ -677,7 +731,7 @@ def test_row30_updates_that_are_not_finite_stop_the_run(settings, monkeypatch):
     original = finetune.micro_losses
     monkeypatch.setattr(finetune, "micro_losses", bad)
     with pytest.raises(FloatingPointError, match=r"updates 0 to 5 skipped.*: 6 in a row"):
-        finetune.main(settings(max_skipped=3))
+        finetune.main(settings(max_skipped=6))
 
 
 def test_row30_an_update_that_is_not_finite_is_skipped_and_counted(settings, monkeypatch):
@@ -686,12 +740,15 @@ def test_row30_an_update_that_is_not_finite_is_skipped_and_counted(settings, mon
         for loss in original(*args):
             yield loss * factor
 
-    original, calls, config = finetune.micro_losses, iter(range(99)), settings()
+    original, calls, config = finetune.micro_losses, iter(range(99)), settings(keep=0)
     monkeypatch.setattr(finetune, "micro_losses", bad)
-    finetune.main(config)
-    skipped = {row["step"]: row["skipped"] for row in log_of(config.out) if "loss" in row}
-    assert (skipped[0], skipped[5], skipped[17]) == (0, 1, 1)
-    weights = load_file(config.out / "checkpoints" / "step-00000018" / "model.safetensors")
+    last = config.out / "checkpoints" / "step-00000018"
+    for _ in ("run", "resumed from step 12"):
+        shutil.rmtree(last, ignore_errors=True)
+        finetune.main(config)
+        skipped = {row["step"]: row["skipped"] for row in log_of(config.out) if "loss" in row}
+        assert (skipped[0], skipped[5], skipped[17]) == (0, 1, 1)
+    weights = load_file(last / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
 
 
