@@ -51,7 +51,7 @@ def open_run(config: PretrainConfig | FinetuneConfig) -> Checkpoint | None:
     if not _claim(out):
         raise FileExistsError(f"--out: {out} is in use by another run")
     _require_free(out, goes_on)  # a run may have begun and ended before the lock was ours
-    if goes_on and (checkpoint := newest(out / CHECKPOINTS)) is not None:
+    if (checkpoint := newest(out / CHECKPOINTS)) is not None:
         return checkpoint
     return None if config.resume in ("auto", "never") else _at(Path(config.resume))
 
