@@ -127,12 +127,12 @@ def test_row29_a_signal_between_two_looks_at_it_does_not_stop_a_run_that_did_not
 
 
 def test_a_second_signal_is_not_caught():
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGINT)
     with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received is signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) is before
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received is signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(
@@ -218,14 +218,15 @@ def test_a_setting_of_one_of_two_runs_tells_them_apart(saved, current):
         require_same(start, current)
 
 
-def test_logs_are_cut_to_what_they_were_at_the_start(tmp_path):
+@pytest.mark.parametrize(("size", "left"), [(4, "one\n"), (99, "one\ntwo\n")])
+def test_logs_are_cut_to_what_they_were_at_the_start(tmp_path, size, left):
     for name in ("metrics.jsonl", "samples.txt"):
         (tmp_path / name).write_text("one\ntwo\n")
     start = checkpoint.Checkpoint(
-        tmp_path / "checkpoints" / "step-00000003", 3, {"log_sizes": {"metrics.jsonl": 4}}
+        tmp_path / "checkpoints" / "step-00000003", 3, {"log_sizes": {"metrics.jsonl": size}}
     )
     cut_logs(tmp_path, start)
-    assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == left
     assert (tmp_path / "samples.txt").read_text() == ""
 
 
@@ -258,6 +259,7 @@ def test_what_a_run_writes_is_no_text_though_a_pattern_finds_it(run, corpus, tmp
 def test_never_asks_for_a_new_folder_and_a_path_is_taken(run, whole, tmp_path, capsys):
     with pytest.raises(FileExistsError, match="is not empty, expected a new folder"):
         run(whole, resume="never")
+    assert run_folder.open_run(PretrainConfig(out=tmp_path / "new", resume="never")) is None
     with pytest.raises(FileNotFoundError, match=r"--resume: .*nowhere is no checkpoint"):
         run(tmp_path / "a", resume=str(tmp_path / "nowhere"))
     before_last = whole / "checkpoints" / f"step-{STEPS - EVERY:08d}"
@@ -377,6 +379,20 @@ def test_a_run_without_a_name_starts_in_no_folder_of_another(tmp_path, monkeypat
     assert next_folder("mini") == Path("runs/mini-2")  # a lock alone is no run
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3"])
+def test_what_holds_no_object_is_read_as_nothing(tmp_path, content):
+    (tmp_path / "file").write_text(content)
+    assert run_folder.read_json(tmp_path / "file") is None
+
+
+def test_a_run_without_a_name_leaves_no_lock_in_a_folder_of_something_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mini-1").mkdir(parents=True)
+    Path("runs/mini-1/notes").touch()
+    assert next_folder("mini") == Path("runs/mini-2")
+    assert [path.name for path in Path("runs/mini-1").iterdir()] == ["notes"]
+
+
 def test_a_damaged_result_is_made_again(run, whole, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(whole, out)
@@ -421,6 +437,9 @@ def test_row29_a_result_that_cannot_be_written_is_named_and_the_old_one_stays(tm
         write_json(file, {"unigram": 1.0})
     assert list(tmp_path.iterdir()) == [file]
     assert file.read_text() == "{}"
+    write_json(file, {"unigram": 1.0})
+    assert list(tmp_path.iterdir()) == [file]
+    assert json.loads(file.read_text()) == {"unigram": 1.0}
 
 
 def test_row29_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
