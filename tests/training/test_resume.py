@@ -377,6 +377,8 @@ def test_a_run_without_a_name_starts_in_no_folder_of_another(tmp_path, monkeypat
     lock.acquire(timeout=0)  # left by the run that is in another
     lock.release()
     assert next_folder("mini") == Path("runs/mini-2")  # a lock alone is no run
+    same = PretrainConfig(out=tmp_path / "runs" / "mini-2")
+    assert run_folder.open_run(same) is None  # by another path
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3"])
