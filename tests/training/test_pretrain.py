@@ -143,18 +143,25 @@ def test_the_result_is_that_of_the_model_on_the_text_held_out(whole, corpus):
 
 
 def test_the_options_reach_the_updates(run, tmp_path, monkeypatch):
-    made = []
+    made, seeds, windows = [], [], training.data.Windows
+
+    def drawn(tokens, length, batch_size, seed):
+        seeds.append(seed)
+        return windows(tokens, length, batch_size, seed)
 
     class Watched(StaticStep):
         def __init__(self, model, stream, optimizer, batch, **options):
             super().__init__(model, stream, optimizer, batch, **options)
             decays = [group["weight_decay"] for group in optimizer.param_groups]
-            made.append((int(stream.key), decays, batch, options))
+            seeds.extend((int(stream.key), torch.initial_seed()))
+            made.append((decays, batch, options))
 
+    monkeypatch.setattr(training.data, "Windows", drawn)
     monkeypatch.setattr(training.pretrain, "StaticStep", Watched)
     run(tmp_path, batch_size=4, accumulate=2, clip=0.25, weight_decay=0.5, seed=3, warmup=4)
     options = {"accumulate": 2, "clip": 0.25, "dtype": "fp32"}
-    assert made == [(3, [0.5, 0.0], (4, 128), options)]
+    assert made == [([0.5, 0.0], (4, 128), options)]
+    assert seeds == [3, 3, 3]
     rates = {row["step"]: row["learning_rate"] for row in metrics(tmp_path) if "loss" in row}
     assert rates == {step: 2e-3 * warmup_cosine(step, 4, 9) for step in (0, 2, 5, 8)}
 
@@ -185,6 +192,11 @@ def test_a_mistake_is_one_line_of_error(folder, options, message):
     assert run.returncode != 0
     assert run.stderr.startswith(f"error: {message}")
     assert run.stderr.count("\n") == 1
+
+
+def test_a_vocabulary_that_was_asked_for_is_not_smaller(run, tmp_path):
+    with pytest.raises(ValueError, match="--vocab-size: 9999, but the text supports only"):
+        run(tmp_path, vocab_size=9999)
 
 
 def test_a_file_or_a_folder_below_one_is_refused(tmp_path):
