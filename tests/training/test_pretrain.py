@@ -194,6 +194,14 @@ def test_a_mistake_is_one_line_of_error(folder, options, message):
     assert run.stderr.count("\n") == 1
 
 
+def test_the_text_is_named_so_that_it_is_found_from_another_folder(
+    run, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(corpus.parent)
+    run(tmp_path, data=(corpus.name,), steps=1)
+    assert json.loads((tmp_path / "config.json").read_text())["data"] == [str(corpus)]
+
+
 def test_a_vocabulary_that_was_asked_for_is_not_smaller(run, tmp_path):
     with pytest.raises(ValueError, match="--vocab-size: 9999, but the text supports only"):
         run(tmp_path, vocab_size=9999)

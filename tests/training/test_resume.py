@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -405,8 +406,13 @@ def test_a_damaged_result_is_made_again(run, whole, tmp_path):
 
 def test_another_frequency_of_watching_changes_no_weight(run, whole, tmp_path):
     run(tmp_path, eval_every=4, sample_every=5, checkpoint_every=2, keep=1)
-    name = "model/model.safetensors"
-    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    weights = "model.safetensors"
+    last = f"checkpoints/step-{STEPS:08d}"
+    for name in (f"model/{weights}", f"{last}/{weights}", "result.json"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert re.findall(r"^update (\d+)$", (tmp_path / "samples.txt").read_text(), re.M) == [
+        "0", "5", str(STEPS),
+    ]  # fmt: skip
 
 
 def test_row29_a_full_disk_stops_the_run_and_loses_nothing(
