@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import training.pretrain
 from gpt1_kernels import GPT1LMHeadModel
 from training.data import Corpus, spread_windows
-from training.metrics import baselines, mean_loss
+from training.metrics import baselines, flops_per_token, mean_loss
 from training.optim import warmup_cosine
 from training.run import usable
 from training.static_step import StaticStep
@@ -200,6 +200,14 @@ def test_the_text_is_named_so_that_it_is_found_from_another_folder(
     monkeypatch.chdir(corpus.parent)
     run(tmp_path, data=(corpus.name,), steps=1)
     assert json.loads((tmp_path / "config.json").read_text())["data"] == [str(corpus)]
+
+
+def test_the_utilisation_is_a_share_of_the_peak(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.metrics, "measured_peak", lambda *_: 1e12)
+    run(tmp_path, steps=1)
+    flops = flops_per_token(GPT1LMHeadModel.from_pretrained(tmp_path / "model"))
+    row = next(row for row in metrics(tmp_path) if "loss" in row)
+    assert row["flop_utilisation"] == pytest.approx(row["tokens_per_second"] * flops / 1e12)
 
 
 def test_a_vocabulary_that_was_asked_for_is_not_smaller(run, tmp_path):

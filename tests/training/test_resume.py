@@ -415,24 +415,26 @@ def test_another_frequency_of_watching_changes_no_weight(run, whole, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("saved", [1, 2])
 def test_row29_a_full_disk_stops_the_run_and_loses_nothing(
-    run, whole, tmp_path, monkeypatch, capsys
+    run, whole, tmp_path, monkeypatch, capsys, saved
 ):
-    """The second save finds no room; the first is what the run goes on from."""
+    """The second or the last save finds no room; the one before is what the run goes on from."""
     save_file, calls = checkpoint.save_file, iter(range(10))
 
     def full(*args):
-        if next(calls) == 1:
+        if next(calls) == saved:
             raise SafetensorError("No space left on device (os error 28)")
         save_file(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(OSError, match=r"step-00000006: .* could not be written, .*No space"):
+        failed = f"step-{(saved + 1) * EVERY:08d}: .* could not be written, .*No space"
+        with pytest.raises(OSError, match=failed):
             run(tmp_path)
     capsys.readouterr()
     run(tmp_path)
-    assert f"resumed from step {EVERY}" in capsys.readouterr().out
+    assert f"resumed from step {saved * EVERY}" in capsys.readouterr().out
     assert_same_run(tmp_path, whole)
 
 
