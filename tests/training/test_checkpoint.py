@@ -260,3 +260,20 @@ def test_a_save_raises_that_the_one_before_was_not_written(
     writer.save(1, model, optimizer, tokenizer, {})
     with pytest.raises(OSError, match="step-00000001: the checkpoint could not"):
         writer.save(2, model, optimizer, tokenizer, {})
+
+
+def test_what_is_not_whole_is_no_checkpoint(tmp_path):
+    for name in ("step-00000003", "step-00000006.partial", "step-00000001.removed.partial"):
+        (tmp_path / name).mkdir()
+    assert module.checkpoints(tmp_path) == [tmp_path / "step-00000003"]
+
+
+def test_a_checkpoint_whose_removal_is_interrupted_is_none(tmp_path, monkeypatch):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    (tmp_path / "step-00000003").mkdir()
+    monkeypatch.setattr(module.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module._remove(tmp_path / "step-00000003")
+    assert module.checkpoints(tmp_path) == []

@@ -432,6 +432,7 @@ def test_row29_a_full_disk_stops_the_run_and_loses_nothing(
         failed = f"step-{(saved + 1) * EVERY:08d}: .* could not be written, .*No space"
         with pytest.raises(OSError, match=failed):
             run(tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
     capsys.readouterr()
     run(tmp_path)
     assert f"resumed from step {saved * EVERY}" in capsys.readouterr().out

@@ -678,6 +678,14 @@ def test_a_cell_of_a_csv_file_may_be_of_many_lines(tmp_path):
     assert len(load(custom_task(custom), Path()).train[0].texts[0]) == 200_000
 
 
+def test_custom_classes_are_sorted_and_a_file_may_be_named_like_a_pattern(tmp_path):
+    file, classes = tmp_path / "own [1].csv", "jihgfedcba"
+    file.write_text("text,label\n" + "".join(f"of {name},{name}\n" for name in classes))
+    task = custom_task(Custom(train=file, validation=file))
+    assert task.labels == tuple(sorted(classes))
+    assert [example.label for example in load(task, Path()).train] == list(range(10))[::-1]
+
+
 @pytest.mark.parametrize(
     ("train", "validation", "message"),
     [

@@ -448,3 +448,18 @@ def test_a_word_without_end_is_learned_from_in_pieces():
 def test_an_unknown_style_is_named():
     with pytest.raises(ValueError, match="style: gpt2, expected hf or openai"):
         Tokenizer.train([TEXT], 100, style="gpt2")
+
+
+def test_the_same_vocabulary_in_another_style_is_another_tokenizer():
+    one, other = (Tokenizer.train(["the low, lower"], 30, at_most=True) for _ in range(2))
+    other.style = "openai"
+    assert one.fingerprint != other.fingerprint
+
+
+def test_merges_may_be_written_as_texts(tmp_path):
+    tokenizer = Tokenizer.train(["the low, lower"], 30, at_most=True)
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.open(tmp_path).fingerprint == tokenizer.fingerprint
