@@ -778,6 +778,18 @@ def test_row18_what_is_dropped_is_zero_whatever_it_was(backend, bad):
     assert dx[~dropped].isnan().all()
 
 
+@pytest.mark.parametrize("backend", [b for b in backends_of("embedding") if b != "portable"])
+def test_row18_what_is_dropped_of_an_embedding_has_no_gradient(backend):
+    case = embedding("bad", 3, 17, 50, 48, 0.5, offset=0)
+    by_order = partial(case.fused, position_ids=None)
+    inputs, dout = inputs_for(backend, case), upstream(case, torch.float32)
+    dropped = ~keep_mask(SEED, 51, 48, 0.5).view(3, 17, 48)
+    zero, bad = (dout.masked_fill(dropped, value) for value in (0.0, torch.nan))
+    with use_backend(backend):
+        for call in (case.fused, by_order):
+            assert_same(results(call, inputs, bad), results(call, inputs, zero))
+
+
 @on_backends(SMALL)
 def test_row20_double_backward_names_the_op(case, backend):
     leaves = {k: x.clone().requires_grad_() for k, x in inputs_for(backend, case).items()}

@@ -137,6 +137,7 @@ def test_a_kernel_meets_an_id_out_of_range(name, value, p, backend, monkeypatch)
     }
     bad = {**good, name: good[name].clone()}
     bad[name][1, 3] = value
+    worse = {**good, name: torch.full_like(good[name], 60)}
     tables = torch.randn(50, 48, device=DEVICE), torch.randn(50, 48, device=DEVICE)
     dout = torch.randn(2, 17, 48, device=DEVICE)
     dropout = SEED if p > 0.0 else None, p, 0
@@ -147,6 +148,7 @@ def test_a_kernel_meets_an_id_out_of_range(name, value, p, backend, monkeypatch)
 
     dtype = torch.float32
     (out, gradients), (good_out, good_gradients) = run(bad), run(good)
+    run(worse)  # the first id stays
     with pytest.raises(IndexError, match=rf"embedding: id {value} is out of range \[0, 50\)"):
         errors.check_errors()
     errors.check_errors()  # which has nothing more to say

@@ -229,7 +229,8 @@ def test_what_nobody_needs_is_not_computed(needed, products, reduction, small_ch
 
 
 @on_every_backend
-def test_targets_out_of_range_are_recorded_by_the_kernel(backend, monkeypatch):
+@pytest.mark.parametrize(("first", "later"), [(50, -1), (-1, 50)])
+def test_targets_out_of_range_are_recorded_by_the_kernel(first, later, backend, monkeypatch):
     """On a GPU nothing else looks at them; the first stays."""
     forward = kernel(backend, OP, "linear_cross_entropy_fwd")
     module = sys.modules[forward.__module__]
@@ -243,11 +244,11 @@ def test_targets_out_of_range_are_recorded_by_the_kernel(backend, monkeypatch):
 
     expected = run()
     check_errors()
-    targets[4] = 50
+    targets[4] = first
     losses, dh, dw = run()
-    targets[4] = -1
+    targets[4] = later
     run()
-    with pytest.raises(IndexError, match=rf"{OP}: id 50 is out of range \[0, 50\)"):
+    with pytest.raises(IndexError, match=rf"{OP}: id {first} is out of range \[0, 50\)"):
         check_errors()
     assert losses[4].isnan()
     assert not dh[4].any()

@@ -1,5 +1,6 @@
 """The product kernels of the Triton backend against fp64, in every layout and on every path."""
 
+import sys
 from threading import Thread
 
 import pytest
@@ -68,7 +69,7 @@ def test_layouts(a_layout, b_layout, bulk, on_path):
         pytest.param(300, 1, 33, id="one-column"),
         pytest.param(37, 45, 1, id="one-term"),
         pytest.param(131, 129, 67, id="one-beyond-a-tile"),
-        pytest.param(1100, 72, 40, id="second-group-of-rows"),
+        pytest.param(1100, 264, 16, id="second-group-of-rows-is-not-full"),
     ],
 )
 def test_sizes(M, N, K, dtype, bulk, on_path):
@@ -131,12 +132,18 @@ def test_long_sums_are_split(tiles, layout, dtype, bulk, on_path, short_is_long,
 @pytest.mark.parametrize("K", [40, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accumulating_adds_to_what_is_there(dtype, K, short_is_long):
-    a, b = operand(60, K, dtype, "column"), operand(K, 50, dtype, "row")
-    out = torch.randn(60, 50, device=DEVICE)
+    """Once for each tile, of which every program has some."""
+    a, b = operand(60, K, dtype, "column"), operand(K, 300, dtype, "row")
+    out = torch.randn(60, 300, device=DEVICE)
     oracle = out.double() + a.double() @ b.double()
     plain = out + (a @ b).float()
     matmul(a, b, out, accumulate=True)
     assert_close("out", out, plain, oracle, dtype)
+
+
+def test_the_last_chunk_of_a_sum_may_be_one_term(monkeypatch):
+    monkeypatch.setattr(sys.modules[matmul.__module__], "split_terms", lambda *_: 64)
+    check(operand(40, 129, BF16, "row"), operand(129, 50, BF16, "row"))
 
 
 @PATHS

@@ -12,6 +12,9 @@ from tests.cases import DEVICE, backends_of
 
 BACKENDS = pytest.mark.parametrize("backend", backends_of("dropout_mask"))
 
+WORDS = 0xD636B4F5, 0x384DB9BD, 0x613D1695, 0xA7EAC001  # block 5, row 2 of the known answer
+VALUES = [half for word in WORDS for half in (word & 0xFFFF, word >> 16)]
+
 
 def seed_of(key: int, site: int = 3, step: int = 7) -> torch.Tensor:
     return torch.tensor([key, (site << 32) + step], device=DEVICE)
@@ -26,9 +29,17 @@ def test_philox_known_answer():
 
 def test_an_element_draws_its_half_word_of_its_block():
     mask = rng.keep_mask(seed_of(12345678901234), 3, 48, 0.5)
-    words = (0xD636B4F5, 0x384DB9BD, 0x613D1695, 0xA7EAC001)  # block 5, row 2
-    values = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    assert mask[2, 40:48].tolist() == [value >= 32768 for value in values]
+    assert mask[2, 40:48].tolist() == [value >= 32768 for value in VALUES]
+
+
+@BACKENDS
+def test_a_value_at_the_threshold_is_kept(backend):
+    """Of either half of a word."""
+    with use_backend(backend):
+        for k, value in enumerate(VALUES):
+            for p, kept in ((value / 65536, 1), ((value + 1) / 65536, 0)):
+                bits = ops.dropout_mask(seed_of(12345678901234), (3, 48), p)
+                assert rng.unpack_bits(bits, 48)[2, 40 + k] == kept
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ The interpreter reads and writes what lies beside it without a word, and results
 what was read is masked later, what was written is written over by the next program.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.cases import (
     SEED,
     P,
     backends_of,
+    cast,
     causal_attention,
     causal_attention_qkvpacked,
     dropout_add_layer_norm,
@@ -35,6 +38,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpt1_kernels import ops
+from gpt1_kernels.backends.triton.matmul import matmul
 
 
 @pytest.fixture
@@ -94,7 +98,7 @@ CASES = [
     gelu_ffn("more-rows-than-a-chunk-of-their-sum", 300, 24, 40),
     embedding("tails", 3, 17, 50, 48, P, types=True, offset=4),
     embedding("positions-by-order", 3, 17, 50, 80, P),
-    embedding("a-run-of-many-chunks", 5, 64, 8, 48, ids=7),
+    embedding("a-run-that-its-second-step-ends", 65, 64, 8, 48, ids=7),
     linear_cross_entropy("tails", 37, 48, 1001, "none", ignored=3, weighted=True),
     linear_cross_entropy("mean", 37, 48, 1001),
 ]
@@ -104,6 +108,26 @@ CASES = [
 def test_no_access_lies_beside_the_tensors(case, checked):
     with use_backend("triton"):
         results(case.fused, case.inputs, upstream(case, torch.float32))
+
+
+def test_none_lies_beside_a_table_whose_last_row_is_read(checked):
+    table = torch.randn(17, 80)
+    with use_backend("triton"):
+        call = partial(ops.embedding, torch.zeros(2, 17, dtype=torch.long))
+        results(call, {"w_token": table, "w_position": table})
+
+
+def test_none_lies_beside_a_sum_that_a_product_is_added_to(checked):
+    out = torch.zeros(37, 45)
+    matmul(torch.ones(37, 20), torch.ones(20, 45), out, accumulate=True)
+    assert (out == 20).all()
+
+
+def test_no_access_in_bf16_whose_tiles_of_keys_are_two_words_of_bits_wide(checked):
+    case = causal_attention("three-words-of-bits", 1, 40, 70, 1, 16, P)
+    inputs = cast(case, torch.bfloat16, torch.bfloat16)
+    with use_backend("triton"):
+        results(case.fused, inputs, upstream(case, torch.bfloat16))
 
 
 @pytest.mark.parametrize(("shape", "causal"), [((2, 3, 130, 70), False), ((2, 2, 70, 133), True)])
