@@ -299,6 +299,10 @@ class GPT1Model(nn.Module, PretrainedMixin):
         return new
 
 
+_DRAW_NOTHING = {Block, CausalSelfAttention, Conv1D, DropoutAddLayerNorm, GeluFFN, nn.Linear}
+"""Modules of a block whose only dropout bits are those of its seeds."""
+
+
 def _may_draw(block: nn.Module) -> bool:
     """Whether others' modules or hooks in a block may draw from torch's generators."""
     return any(
@@ -308,9 +312,6 @@ def _may_draw(block: nn.Module) -> bool:
         or m._forward_hooks
         for m in block.modules()
     )
-
-
-_DRAW_NOTHING = {Block, CausalSelfAttention, Conv1D, DropoutAddLayerNorm, GeluFFN, nn.Linear}
 
 
 def _bring_dropout_stream(model: GPT1Model, _: object) -> None:

@@ -142,22 +142,6 @@ def test_row19_checkpointing_changes_no_gradient(autocast, name):
     assert not model.transformer.gradient_checkpointing
 
 
-def test_row19_checkpointing_keeps_the_mask_of_a_dropout_set_after_construction():
-    """The configuration has none: the block got no seed, and drew another mask when recomputed."""
-    model, ids = randomised(GPT1LMHeadModel(config())), tokens(2, T)
-    model.transformer.h[1].ln_1.dropout_p = 0.5
-
-    def run():
-        model.zero_grad()
-        model.dropout_stream.set_key(5)
-        model(ids, labels=ids).loss.backward()
-        return gradients(model)
-
-    expected = run()
-    model.gradient_checkpointing_enable()
-    assert_same(run(), expected)
-
-
 class NoisyAdapter(torch.nn.Module):
     """As LoRA's, with its own dropout."""
 
@@ -184,9 +168,22 @@ def replace_forward(block):
     block.mlp.c_fc.forward = lambda x: torch.nn.functional.dropout(forward(x))
 
 
-@pytest.mark.parametrize("add", [adapt, hook, replace_forward])
-def test_row19_checkpointing_keeps_the_mask_of_others_dropout(add):
-    model, ids = randomised(GPT1LMHeadModel(with_dropout())), tokens(2, T)
+def set_dropout(block):
+    block.ln_1.dropout_p = 0.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "add"),
+    [
+        (with_dropout(), adapt),
+        (with_dropout(), hook),
+        (with_dropout(), replace_forward),
+        pytest.param(config(), set_dropout, id="set_dropout-where-the-configuration-has-none"),
+    ],
+)
+def test_row19_checkpointing_keeps_the_mask_of_what_was_added(shape, add):
+    """It drew another mask when it was recomputed."""
+    model, ids = randomised(GPT1LMHeadModel(shape)), tokens(2, T)
     for block in model.transformer.h:
         add(block)
     model.to(DEVICE)
@@ -194,7 +191,8 @@ def test_row19_checkpointing_keeps_the_mask_of_others_dropout(add):
     def run():
         model.zero_grad()
         torch.manual_seed(5)
-        model(ids, labels=ids, dropout_seeds=model.dropout_stream.seeds(3)).loss.backward()
+        model.dropout_stream.set_key(5)
+        model(ids, labels=ids).loss.backward()
         return gradients(model)
 
     expected = run()
